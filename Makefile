@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` need Python 3.11+ and nothing installed by hand.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The wheel or version of PyTorch. The pinned one is enough for a CPU; owners of a GPU give theirs: make env TORCH=torch==2.13.0
+TORCH ?= torch==2.13.0
+
+.PHONY: env quickstart test test-slow lint clean
+
+env: $(VENV)/.ready
+
+# PyTorch goes first and alone, so that the constraint on it decides which build is taken.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c $(VENV)/constraints.txt
+	touch $@
+
+quickstart: env
+	$(BIN)/python -m lightning_align pipeline --config configs/playground/quickstart.yaml
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV)

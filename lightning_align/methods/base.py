@@ -1,0 +1,279 @@
+"""The base of every method: model and tokenizer, one optimiser, metrics that mean the same on one process or many."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from lightning_align.errors import UserError
+from lightning_align.losses.masked import Metrics
+from lightning_align.models.export import save_model
+from lightning_align.models.loading import count_parameters, load_causal_lm, load_tokenizer, tokenizer_plan
+from lightning_align.models.tokenizer_training import train_tokenizer
+
+Schedule = Literal["constant", "linear", "cosine"]
+# A metric under way: sum of the numerator and of the denominator. Ratios are taken once, over all micro-batches and ranks.
+Sums = Metrics
+
+
+class AlignModule(L.LightningModule):
+    """What all methods share.
+
+    An offline method implements :meth:`loss`, which returns a *sum* over its micro-batch; the base divides by the weight of
+    the whole optimiser window (all accumulation steps and ranks), so splitting a batch never changes a gradient.
+
+    Args:
+        model: Policy to start from: run directory, local path, hub id, or a YAML file of an architecture to initialise.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay, on matrices only (not on norms, biases and embeddings).
+        adam_beta1: First AdamW coefficient.
+        adam_beta2: Second AdamW coefficient.
+        adam_epsilon: AdamW epsilon.
+        lr_scheduler_type: Shape of the learning rate after warm-up.
+        warmup_ratio: Share of the steps that warm up linearly.
+        min_lr_ratio: With ``cosine``, the share of the peak that is left at the end.
+        max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
+        dtype: Parameter dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored).
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_epsilon: float = 1e-8,
+        lr_scheduler_type: Schedule = "cosine",
+        warmup_ratio: float = 0.03,
+        min_lr_ratio: float = 0.1,
+        max_grad_norm: float = 1.0,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if learning_rate < 0:
+            raise UserError(f"model.learning_rate is {learning_rate}: it cannot be negative")
+        if not 0 <= warmup_ratio < 1:
+            raise UserError(f"model.warmup_ratio is {warmup_ratio}: give a share from 0 up to (not including) 1")
+        self.source = model
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = (adam_beta1, adam_beta2)
+        self.adam_epsilon = adam_epsilon
+        self.lr_scheduler_type = lr_scheduler_type
+        self.warmup_ratio = warmup_ratio
+        self.min_lr_ratio = min_lr_ratio
+        self.max_grad_norm = max_grad_norm
+        self.model_dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.num_tokens = 0  # tokens seen by the optimiser, over all ranks
+        self._window_sums: Sums = {}
+        self._eval_sums: Sums = {}
+        self._grad_norm: Tensor | None = None
+        if tokenizer_plan(model) is None:  # otherwise it is trained on the data, which is read before any weights are
+            self._tokenizer = load_tokenizer(model)
+
+    # ------------------------------------------------------------------ models
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer; available once the datamodule is set up."""
+        if self._tokenizer is None:
+            raise RuntimeError("the tokenizer is trained by the datamodule's setup, which has not run yet")
+        return self._tokenizer
+
+    def get_tokenizer(self, texts: Callable[[], Iterator[str]]) -> PreTrainedTokenizerBase:
+        """The tokenizer, trained on ``texts`` first if the model's YAML asks for that."""
+        if self._tokenizer is None:
+            plan = tokenizer_plan(self.source)
+            assert plan is not None
+            self._tokenizer = train_tokenizer(texts(), **plan)
+        return self._tokenizer
+
+    def build_model(self) -> nn.Module:
+        """The network that is trained and exported; a causal language model unless a method says otherwise."""
+        model = load_causal_lm(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def configure_model(self) -> None:
+        """Build the weights: after the data were checked, and only once."""
+        if not hasattr(self, "model"):
+            self.model = self.build_model()
+
+    def parameter_roles(self) -> dict[str, int]:
+        """Number of parameters by role, without loading any weights."""
+        return {"policy": count_parameters(self.source, self.tokenizer)}
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model in Hugging Face format, tokenizer and chat template included."""
+        assert isinstance(self.model, PreTrainedModel)
+        save_model(self.model, self.tokenizer, folder)
+
+    # ------------------------------------------------------------------ objective
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+        """Summed loss of one micro-batch and the sums of its metrics (detached numerators and denominators)."""
+        raise NotImplementedError(f"{type(self).__name__} must implement loss")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """One micro-batch; the scale undoes Lightning's division by accumulation and the mean over ranks."""
+        loss_sum, sums = self.loss(batch)
+        add_sums(self._window_sums, sums)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        # a window without anything to learn has weight 0 and loss 0; it must not become 0/0
+        return loss_sum * scale / batch["window_weight"].clamp(min=torch.finfo(torch.float32).tiny)
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add one batch to the sums of this evaluation."""
+        self.add_eval_sums(self.loss(batch)[1])
+
+    def add_eval_sums(self, sums: Sums) -> None:
+        """Add to the evaluation under way."""
+        add_sums(self._eval_sums, sums)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """The same measures as validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the evaluation under ``eval/``, as ratios of global sums."""
+        metrics = self.eval_metrics(self._ratios(self._eval_sums))
+        self._eval_sums = {}
+        self.report({f"eval/{name}": value for name, value in metrics.items()}, step=self.trainer.global_step)
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_end()
+
+    def eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Hook to derive further metrics (perplexity, calibration) from the global ratios."""
+        return metrics
+
+    # ------------------------------------------------------------------ optimiser
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the one optimiser; weight decay on matrices only."""
+        return decay_groups(self.model, self.learning_rate, self.weight_decay)
+
+    def total_steps(self) -> int:
+        """Number of times the schedule is stepped in the whole run."""
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, in one place for all methods."""
+        optimizer = torch.optim.AdamW(
+            self.parameter_groups(), lr=self.learning_rate, betas=self.betas, eps=self.adam_epsilon
+        )
+        total = self.total_steps()
+        warmup = round(self.warmup_ratio * total)
+        name, extra = self.lr_scheduler_type, None
+        if name == "cosine":
+            name, extra = "cosine_with_min_lr", {"min_lr_rate": self.min_lr_ratio}
+        elif name == "constant":
+            name = "constant_with_warmup"
+        scheduler = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=extra)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def clip_gradients_(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Clip in place; returns the norm before clipping."""
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """``max_grad_norm`` is the module's setting, so that it works alike with manual optimisation."""
+        if gradient_clip_val is not None:
+            raise UserError("trainer.gradient_clip_val is not used here: set model.max_grad_norm instead")
+        self._grad_norm = self.clip_gradients_([p for group in optimizer.param_groups for p in group["params"]])
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, then log the window: loss, metrics and gradient norm belong to the step that just happened."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = self.trainer.global_step + 1  # Lightning counts it after this hook
+        sums, self._window_sums = self._window_sums, {}
+        if "num_tokens" in sums:
+            self.num_tokens += int(self._all_reduce(sums.pop("num_tokens")[0]))
+        if step % self.trainer.log_every_n_steps == 0 or step == 1:
+            metrics = self._ratios(sums)
+            metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["num_tokens"] = float(self.num_tokens)
+            metrics["epoch"] = self.trainer.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
+            if self._grad_norm is not None:
+                metrics["grad_norm"] = float(self._grad_norm)
+            self.report(metrics, step=step)
+
+    # ------------------------------------------------------------------ metrics
+    def logs_this_step(self) -> bool:
+        """Whether the optimiser step under way will be logged; costly metrics are computed only then."""
+        step = self.trainer.global_step + 1
+        return not self.trainer.training or step % self.trainer.log_every_n_steps == 0 or step == 1
+
+    def _all_reduce(self, value: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")  # type: ignore[return-value]
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Rows of all ranks, which may hold different numbers of them. ``[n, …] → [Σn, …]``."""
+        counts = self.all_gather(torch.tensor(len(rows), device=self.device)).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = self.all_gather(padded)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+    def _ratios(self, sums: Sums) -> dict[str, float]:
+        """Global ratios; a metric with denominator 0 is left out, never logged as 0."""
+        if not sums:
+            return {}
+        names = sorted(sums)
+        table = torch.stack([torch.stack([x.detach().double().cpu() for x in sums[name]]) for name in names])
+        if self.trainer.world_size > 1:
+            table = self._all_reduce(table.to(self.device)).cpu()
+        return {name: float(num / den) for name, (num, den) in zip(names, table, strict=True) if den != 0}
+
+    def report(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Write one row to every logger and make it visible to callbacks. ``step``: optimiser steps (or iterations) done."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step=step)
+        for name, value in metrics.items():
+            self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+
+    # ------------------------------------------------------------------ state
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """State beside weights and optimiser; plain numbers, so that the file loads with ``weights_only=True``."""
+        checkpoint["method"] = {"name": type(self).__name__, "num_tokens": self.num_tokens}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method; restore the counters."""
+        method = checkpoint.get("method", {"name": "another program"})
+        if method["name"] != type(self).__name__:
+            raise UserError(f"the checkpoint is of {method['name']}, this run is {type(self).__name__}: give another run.name")
+        self.num_tokens = method["num_tokens"]
+
+
+def add_sums(total: Sums, sums: Sums) -> None:
+    """Add ``sums`` into ``total`` in place."""
+    for name, (numerator, denominator) in sums.items():
+        old = total.get(name)
+        numerator, denominator = numerator.detach(), denominator.detach()
+        total[name] = (numerator, denominator) if old is None else (old[0] + numerator, old[1] + denominator)
+
+
+def decay_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices of linear layers with weight decay; norms, biases and embeddings without."""
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    decayed, plain = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if matrix else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [{**group, "lr": learning_rate} for group in groups if group["params"]]

@@ -1,0 +1,198 @@
+"""What is asked of an engine, what it returns, and what a method adds to it.
+
+Axes: B sequences, T padded length. Per-token tensors are token-aligned: entry t belongs to token t.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_align.errors import UserError
+
+FinishReason = Literal["eos", "stop", "length"]
+Indices = slice | Sequence[int] | Tensor
+Fields = TypeVar("Fields", "Rollout", "Experience")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    The log-probs an engine reports are those of softmax(logits / temperature) over the whole vocabulary, before top-k, top-p and
+    min-p cut it: that is the distribution the training forward can reproduce.
+
+    Args:
+        max_new_tokens: Longest completion in tokens, the end-of-sequence token included.
+        temperature: Divides the logits; also under ``greedy``, where it only changes the reported log-probs.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the smallest set of likeliest tokens whose mass reaches p (of what top-k left); 1 keeps all.
+        min_p: Keep tokens at least this likely relative to the likeliest; 0 keeps all.
+        num_samples: Completions per prompt.
+        greedy: Take the likeliest token instead of drawing one.
+        stop_token_ids: Tokens that end a completion like an end-of-sequence token, with finish reason ``stop``.
+        stop_strings: Texts that end a completion after the token that completes them, with finish reason ``stop``.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    num_samples: int = 1
+    greedy: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature > 0, "above 0 (for the likeliest token use greedy)"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
+            ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("stop_strings", all(self.stop_strings), "non-empty strings"),
+        )
+        for name, holds, wanted in rules:
+            if not holds:
+                raise UserError(f"sampling: {name} is {getattr(self, name)!r}: must be {wanted}")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from less than the whole distribution, so that log-probs are not the sampler's."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts with their completions, one row per completion, padded on the right.
+
+    Rows keep the order of the prompts; the samples of one prompt are neighbours.
+
+    Args:
+        input_ids: Prompt and completion, [B, T] int64.
+        attention_mask: True on prompt and completion, [B, T] bool.
+        completion_mask: True on the completion including the token that ended it, [B, T] bool.
+        engine_logp: Log-probs of the sampled tokens under the engine, [B, T] float32, 0 outside the completion.
+        prompt_lengths: Tokens of the prompt, [B] int64.
+        prompt_index: Which prompt of the request a row continues, [B] int64.
+        finish_reason: Why each completion ended: ``eos``, ``stop`` or ``length`` (cut off).
+        completions: Completions as text, without special tokens.
+        records: The record of each row's prompt.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    engine_logp: Tensor
+    prompt_lengths: Tensor
+    prompt_index: Tensor
+    finish_reason: list[FinishReason]
+    completions: list[str]
+    records: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each completion, [B] int64."""
+        return self.completion_mask.sum(1)
+
+    def completion_ids(self) -> list[list[int]]:
+        """Token ids of each completion, the ending token included."""
+        return [row[mask].tolist() for row, mask in zip(self.input_ids, self.completion_mask, strict=True)]
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same rollout with its tensors on ``device``."""
+        return _map_fields(self, lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+    def select(self, indices: Indices) -> "Rollout":
+        """The rows at ``indices``, in that order, at the same padded length."""
+        return _map_fields(self, lambda value: _take(value, indices))
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout with everything the loss needs; per-token tensors are [B, T] float32 and 0 outside the completion.
+
+    Args:
+        rollout: The samples.
+        scores: Total score of each completion, [B].
+        score_parts: Named parts of the score, each [B].
+        logp: Log-probs under the sampling policy in the training forward (the "old" ones).
+        ref_logp: Log-probs under the reference.
+        values: Value of the state before each token.
+        rewards: Per-token rewards.
+        advantages: Advantages.
+        returns: Targets of the value function.
+    """
+
+    rollout: Rollout
+    scores: Tensor
+    score_parts: Mapping[str, Tensor] = field(default_factory=dict)
+    logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+    values: Tensor | None = None
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Prompt and completion, [B, T] int64."""
+        return self.rollout.input_ids
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """True on prompt and completion, [B, T] bool."""
+        return self.rollout.attention_mask
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """True on the completion, [B, T] bool."""
+        return self.rollout.completion_mask
+
+    def to(self, device: torch.device | str) -> "Experience":
+        """The same experience with its tensors on ``device``."""
+        moved = _map_fields(self, lambda value: value.to(device) if isinstance(value, Tensor | Rollout) else value)
+        return replace(moved, score_parts={name: part.to(device) for name, part in self.score_parts.items()})
+
+    def select(self, indices: Indices) -> "Experience":
+        """The rows at ``indices``, in that order, at the same padded length."""
+        return _map_fields(self, lambda value: _take(value, indices))
+
+    def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
+        """``count`` minibatches of a fresh shuffle, as equal in size as possible; every row is in exactly one."""
+        if not 1 <= count <= len(self):
+            raise UserError(f"{count} minibatches of {len(self)} completions: num_mini_batches must be 1 to {len(self)}")
+        order = torch.randperm(len(self), generator=generator)
+        for indices in order.tensor_split(count):
+            yield self.select(indices)
+
+
+def _map_fields(instance: Fields, function: Callable[[Any], Any]) -> Fields:
+    return type(instance)(**{item.name: function(getattr(instance, item.name)) for item in fields(instance)})
+
+
+def _take(value: Any, indices: Indices) -> Any:
+    """``value`` at ``indices``: along dimension 0 of tensors, in lists, and in everything a container holds."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {name: _take(part, indices) for name, part in value.items()}
+    if isinstance(value, Rollout):
+        return value.select(indices)
+    if isinstance(value, list):
+        if isinstance(indices, slice):
+            return value[indices]
+        return [value[int(index)] for index in indices]
+    if isinstance(indices, slice):
+        return value[indices]
+    return value[torch.as_tensor(indices, dtype=torch.int64, device=value.device)]

@@ -1,0 +1,137 @@
+"""Checkpoints: ``last.ckpt`` to go on from, and named ones for the lab; a file is whole or not there."""
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_align.errors import UserError
+from lightning_align.run.directory import CHECKPOINTS, RunDirectory
+from lightning_align.run.logging import FileLogger
+from lightning_align.run.resume import BoundaryCallback
+from lightning_align.run.signals import Interrupted, StopRequest
+
+
+class RunCheckpoints(BoundaryCallback, Checkpoint):
+    """Opens the run, writes its checkpoints at boundaries, and stops there when asked to.
+
+    Args:
+        run: The run directory.
+        files: The run's metrics and samples, which are cut back to the checkpoint on resuming.
+        config: Text of ``config.yaml``.
+        facts: Seed and parents for ``run.json``.
+        every: Steps between two writes of ``last.ckpt``: optimiser steps offline, iterations online.
+        label: Asked at every boundary for the name of a checkpoint to keep, or None.
+        stop: Signals received so far.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        files: FileLogger,
+        *,
+        config: str,
+        facts: Mapping[str, Any],
+        every: int,
+        label: Callable[[], str | None],
+        stop: StopRequest,
+    ) -> None:
+        if every < 1:
+            raise UserError(f"run.checkpoint_every is {every}: give at least 1")
+        self.run = run
+        self.files = files
+        self.config = config
+        self.facts = facts
+        self.every = every
+        self.label = label
+        self.stop = stop
+        self._step = 0
+        self._saved: int | None = None
+        self._rewind: Mapping[str, int] = {"metrics": 0, "samples": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the files hold at this moment."""
+        return {"files": self.files.state_dict(), "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep until the run is opened."""
+        self._rewind = state_dict["files"]
+        self._step = self._saved = state_dict["step"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Data and models are good: now the run may write."""
+        if trainer.is_global_zero:
+            self.run.open(self.config, **self.facts)
+            if self.run.resume:
+                self.files.rewind(self._rewind)
+        trainer.strategy.barrier("run directory")
+        self.stop.install()  # the Trainer has just registered its own handlers
+
+    def on_loop_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """From here on a signal waits for the end of the step."""
+        self.stop.install()
+        self.stop.defer(True)
+
+    def on_boundary(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Save what is due; then stop if a signal came."""
+        self._step = step
+        label = self.label()
+        if label is not None:
+            self._save(trainer, f"{label}.ckpt")
+        stopping = self.stop.requested
+        if trainer.world_size > 1:  # all processes must stop at the same step, whichever got the signal
+            stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
+        if stopping or step % self.every == 0:
+            self._save_last(trainer)
+        if stopping:
+            raise Interrupted(f"stopped after step {step}; --resume continues from {self.run.last_checkpoint}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The end is always saved, so that a finished run can be prolonged."""
+        self.stop.defer(False)
+        if self._saved != self._step:
+            self._save_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say in ``run.json`` how it ended. Nothing is saved: the step was only half done."""
+        self.stop.defer(False)
+        if self.run.opened:
+            stopped = isinstance(exception, Interrupted)
+            error = None if stopped else f"{type(exception).__name__}: {exception}"
+            self.run.update(status="interrupted" if stopped else "failed", step=self._step, error=error)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        self._save(trainer, self.run.last_checkpoint.name)
+        self._saved = self._step
+        if trainer.is_global_zero:
+            self.run.update(step=self._step)
+
+    def _save(self, trainer: Trainer, name: str) -> None:
+        """Write under another name, then rename: a killed process leaves the old file or the new one."""
+        path = self.run.path / CHECKPOINTS / name
+        temporary = path.with_name(f".{name}.tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, path)
+        trainer.strategy.barrier("checkpoint")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        # mmap reads the index only; a cut file has lost it, for it stands at the end
+        content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a whole checkpoint ({reason}): use another one or --overwrite the run") from error
+    missing = {"state_dict", "loops", "callbacks", "method"} - set(content) if isinstance(content, dict) else {"state_dict"}
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")
