@@ -84,7 +84,7 @@ def gae(
     values = torch.where(mask, at_least_float32(values), 0.0)
     after_last = values.new_zeros(len(values)) if bootstrap is None else bootstrap.to(values.dtype)
     following = _next_valid(values, mask, after_last)
-    decay = torch.where(mask, gamma * lam, 1.0).to(values.dtype)
+    decay = torch.full_like(values, gamma * lam).where(mask, 1.0)  # `where` of two numbers would be float32
     if dones is not None:
         ends = mask & dones.bool()
         following = torch.where(ends, 0.0, following)

@@ -1,6 +1,7 @@
 """Masked sums, the four reductions of a per-token loss, masked moments and whitening.
 
 Masked entries are removed by ``where``, never by multiplication: what stands in padding, NaN included, does not leak.
+(Into gradients it leaks only where an earlier operation made the NaN; the losses therefore clean their *inputs*.)
 """
 
 from collections.abc import Callable

@@ -247,6 +247,10 @@ class AlignModule(L.LightningModule):
             self.trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
 
     # ------------------------------------------------------------------ state
+    def checkpoint_label(self) -> str | None:
+        """Name of a checkpoint to keep at this point of training, if any; asked after every step."""
+        return None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """State beside weights and optimiser; plain numbers, so that the file loads with ``weights_only=True``."""
         checkpoint["method"] = {"name": type(self).__name__, "num_tokens": self.num_tokens}

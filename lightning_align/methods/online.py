@@ -1,8 +1,10 @@
 """The spine of online methods: one training step is one iteration of sample, score, learn."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,14 +15,37 @@ from lightning_align.errors import UserError
 from lightning_align.methods.base import AlignModule, Sums, add_sums
 from lightning_align.models.loading import load_causal_lm
 from lightning_align.models.logprobs import TokenStats, token_stats
-from lightning_align.rewards.build import build_reward
 from lightning_align.rewards.base import Reward, Scores
+from lightning_align.rewards.build import build_reward
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.types import Experience, Rollout, SamplingParams
+from lightning_align.run.logging import log_samples
 
 RewardSpec = str | dict[str, Any]
 SEED_STRIDE = 1_000_003  # a prime, so that iterations and rows do not share sampling seeds
-EVAL_SEED = 0x5EED
+SAMPLE_ROWS = 16  # rows of the sample table at each evaluation
+EVAL_SEED = 1 << 40  # far beyond any seed that training reaches
+
+
+@dataclass
+class Frozen:
+    """Models that are asked and never trained."""
+
+    reference: nn.Module
+    reward: Reward
+    gold: Reward | None
+
+    def to(self, device: torch.device) -> None:
+        """Move them all."""
+        self.reference.to(device)
+        for reward in (self.reward, self.gold):
+            if reward is not None:
+                reward.to(device)
+
+
+def rollout_slices(rows: int, size: int) -> Iterator[slice]:
+    """``rows`` in slices of at most ``size``."""
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 class OnlineModule(AlignModule):
@@ -97,8 +122,10 @@ class OnlineModule(AlignModule):
         self.eval_every = eval_every
         self.stop_at_kl = stop_at_kl
         self.recent_kl: list[float] = []
-        self.last_kl = 0.0
         self.base_seed = 0
+        self.label: str | None = None
+        self._eval_rows = 0
+        self._eval_samples: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------ models
     def configure_model(self) -> None:
@@ -121,7 +148,7 @@ class OnlineModule(AlignModule):
     def on_fit_start(self) -> None:
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
-        self.base_seed = int(torch.initial_seed() % (2**31))
+        self.base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         assert isinstance(self.model, nn.Module)
         self.sampler: Engine = build_engine(self.engine_name, self.model, self.tokenizer)
 
@@ -148,7 +175,7 @@ class OnlineModule(AlignModule):
         """Sample, score, learn, log; evaluate when it is due."""
         started = time.perf_counter()
         self.set_modes()
-        rollout = self.sample(batch, self.iteration)
+        rollout = self.sample(batch)
         sampled = time.perf_counter()
         experience, metrics = self.experience(rollout)
         scored = time.perf_counter()
@@ -177,15 +204,17 @@ class OnlineModule(AlignModule):
         self.recent_kl = [*self.recent_kl, kl][-3:]
         return self.stop_at_kl is not None and sum(self.recent_kl) / len(self.recent_kl) > self.stop_at_kl
 
-    def sample(self, batch: Mapping[str, Any], iteration: int, params: SamplingParams | None = None) -> Rollout:
+    def sample(self, batch: Mapping[str, Any]) -> Rollout:
         """Completions of a batch of prompts; seeds depend on run seed, iteration, rank and row only."""
-        params = params or self.sampling
+        first = self.base_seed + SEED_STRIDE * (self.iteration * self.trainer.world_size + self.trainer.global_rank + 1)
+        return self.draw(batch, self.sampling, first)
+
+    def draw(self, batch: Mapping[str, Any], params: SamplingParams, first_seed: int) -> Rollout:
+        """Completions from the current weights, row i with seed ``first_seed + i``."""
         rows = len(batch["prompt_ids"]) * params.num_samples
-        first = self.base_seed + SEED_STRIDE * (iteration * self.trainer.world_size + self.trainer.global_rank + 1)
         self.sampler.refresh()
-        return self.sampler.generate(
-            batch["prompt_ids"], params, seeds=range(first, first + rows), records=batch["records"]
-        ).to(self.device)
+        seeds = range(first_seed, first_seed + rows)
+        return self.sampler.generate(batch["prompt_ids"], params, seeds=seeds, records=batch["records"]).to(self.device)
 
     @torch.no_grad()
     def stats(self, model: nn.Module, rollout: Rollout, *, entropy: bool = False, temperature: float | None = None,
@@ -267,29 +296,109 @@ class OnlineModule(AlignModule):
         params = SamplingParams(
             max_new_tokens=self.sampling.max_new_tokens, stop_strings=self.sampling.stop_strings, temperature=1.0
         )
-        rollout = self.sample(batch, EVAL_SEED + int(batch.get("start", 0)), params)
+        rollout = self.draw(batch, params, EVAL_SEED + self._eval_rows)
+        self._eval_rows += len(rollout)
         stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.reference, entropy=True)
         assert stats.kl is not None
         assert stats.entropy is not None
         kl = stats.kl.sum(1)
-        count = torch.tensor(float(len(rollout)), device=self.device)
         proxy = self.scores(self.frozen.reward, rollout)
         columns = {"lab/proxy": proxy.total, "lab/kl": kl}
         gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
         if gold is not None:
             columns["lab/gold"] = gold.total
             columns |= {f"lab/gold_{name}": part for name, part in gold.parts.items()}
-        lengths = rollout.completion_mask.sum(1).float()
-        ended = torch.tensor([reason != "length" for reason in rollout.finish_reason], device=self.device)
-        columns |= {"completions/mean_length": lengths, "completions/clipped_ratio": 1.0 - ended.float()}
+        columns |= self.length_columns(rollout)
         sums: Sums = {name: (value.nansum(), (~value.isnan()).sum()) for name, value in columns.items()}
         sums["entropy"] = (stats.entropy.sum(), rollout.completion_mask.sum())
-        add_sums(self._eval_sums, sums)
-        self.record_samples(rollout, proxy, gold, kl, count)
+        self.add_eval_sums(sums)
+        self._eval_samples += sample_rows(rollout, proxy, gold, kl)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the held-out evaluation; the step is the iteration."""
+        """Log the held-out evaluation and its first samples; the step is the iteration."""
         metrics = self._ratios(self._eval_sums)
-        self._eval_sums = {}
-        self.last_kl = metrics["lab/kl"]
+        samples = self._eval_samples[:SAMPLE_ROWS]
+        self._eval_sums, self._eval_samples, self._eval_rows = {}, [], 0
+        self.label = f"step={self.iteration:05d}-kl={metrics['lab/kl']:.3f}"
         self.report({f"eval/{name}": value for name, value in metrics.items()}, step=self.iteration)
+        log_samples(self.loggers, samples, step=self.iteration)
+
+    def checkpoint_label(self) -> str | None:
+        """Name of the checkpoint to keep at this point: one for each evaluation, with its KL for the lab."""
+        label, self.label = self.label, None
+        return label
+
+    # ------------------------------------------------------------------ metrics of samples
+    def truncated(self, rollout: Rollout) -> Tensor:
+        """Which completions hit the length limit ``[B]``."""
+        return torch.tensor([reason == "length" for reason in rollout.finish_reason], device=self.device)
+
+    def length_columns(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Per-completion numbers behind ``completions/…``."""
+        return {
+            "completions/mean_length": rollout.completion_lengths.float(),
+            "completions/clipped_ratio": self.truncated(rollout).float(),
+        }
+
+    def sample_metrics(
+        self, rollout: Rollout, proxy: Scores, policy: TokenStats, reference: TokenStats
+    ) -> dict[str, float]:
+        """What every online method logs about an iteration's samples, averaged over all ranks."""
+        mask = rollout.completion_mask
+        kl = (policy.logp - reference.logp).sum(1)
+        columns = {
+            "objective/kl": kl,
+            "objective/entropy": -policy.logp.sum(1),
+            "lab/proxy": proxy.total,
+            **self.length_columns(rollout),
+        }
+        columns |= {f"rewards/{name}/mean": part for name, part in proxy.parts.items()}
+        if self.temperature == 1.0 and not self.sampling.truncates:  # otherwise only the evaluation measures it
+            columns["lab/kl"] = kl
+        if self.frozen.gold is not None:
+            gold = self.scores(self.frozen.gold, rollout)
+            columns["lab/gold"] = gold.total
+            columns |= {f"lab/gold_{name}": part for name, part in gold.parts.items()}
+        sums: Sums = {name: (value.nansum(), (~value.isnan()).sum()) for name, value in columns.items()}
+        difference = (policy.logp - rollout.engine_logp).abs()
+        sums["sampling/sampling_logp_difference/mean"] = (torch.where(mask, difference, 0.0).sum(), mask.sum())
+        ended = torch.tensor([reason == "eos" for reason in rollout.finish_reason], device=self.device)
+        sums["val/num_eos_tokens"] = (ended.sum(), torch.ones_like(ended.sum()))
+        metrics = self._ratios(sums)
+        metrics["sampling/sampling_logp_difference/max"] = float(torch.where(mask, difference, 0.0).max())
+        metrics["kl/per_token"] = metrics["objective/kl"] / max(metrics["completions/mean_length"], 1.0)
+        return metrics
+
+    # ------------------------------------------------------------------ state
+    def total_steps(self) -> int:
+        """The schedule runs over iterations."""
+        return self.iterations
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counters and the KL guard's memory."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["method"] |= {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "recent_kl": self.recent_kl,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue after the last whole iteration."""
+        super().on_load_checkpoint(checkpoint)
+        method = checkpoint["method"]
+        self.iteration, self.episodes = method["iteration"], method["episodes"]
+        self.recent_kl = list(method["recent_kl"])
+
+
+def sample_rows(rollout: Rollout, proxy: Scores, gold: Scores | None, kl: Tensor) -> list[dict[str, Any]]:
+    """One row for the sample table per completion."""
+    totals = torch.full_like(proxy.total, torch.nan) if gold is None else gold.total
+    columns = zip(
+        rollout.records, rollout.completions, proxy.total.tolist(), totals.tolist(), kl.tolist(), rollout.finish_reason,
+        strict=True,
+    )
+    return [
+        {"prompt": r["prompt"], "completion": text, "proxy": p, "gold": g, "kl": k, "finish_reason": reason}
+        for r, text, p, g, k, reason in columns
+    ]

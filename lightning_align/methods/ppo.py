@@ -1,21 +1,25 @@
 """PPO with a KL penalty: reinforcement learning from a reward model."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
 from lightning_align.losses.advantages import gae, scored_mask, shaped_rewards
 from lightning_align.losses.kl import kl_estimate
 from lightning_align.losses.kl_control import AdaptiveKL, FixedKL
-from lightning_align.losses.masked import explained_variance, masked_mean, masked_sum, moments, whiten
+from lightning_align.losses.masked import explained_variance, masked_sum, moments, whiten
 from lightning_align.losses.policy import ppo_policy_loss
 from lightning_align.losses.value import clipped_value_loss
 from lightning_align.methods.base import Sums, decay_groups
 from lightning_align.methods.online import OnlineModule, rollout_slices
 from lightning_align.models.heads import ValueModel
 from lightning_align.models.logprobs import token_stats
+from lightning_align.rewards.base import Reward
+from lightning_align.rewards.learned import LearnedReward
 from lightning_align.rollout.types import Experience, Rollout
 
 
@@ -133,9 +137,12 @@ class PPOModule(OnlineModule):
 
     def build_value_model(self) -> tuple[ValueModel, str]:
         """The value model, and where it starts from."""
-        learned = self.frozen.reward.learned_source(self.tokenizer)
+        learned = trunk_for_values(self.frozen.reward, self.tokenizer)
         if self.value_init == "reward" and learned is None:
-            raise UserError("model.value_init is reward, but model.reward is no reward model with the policy's tokenizer: use auto or policy")
+            raise UserError(
+                "model.value_init is reward, but model.reward is no reward model with the policy's tokenizer: "
+                "give auto or policy"
+            )
         if self.value_init == "policy" or learned is None:
             return ValueModel.from_policy(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype), "policy"
         return ValueModel.from_reward(learned, dtype=self.model_dtype), "reward"
@@ -180,17 +187,16 @@ class PPOModule(OnlineModule):
         self.kl_controller.update(metrics["objective/kl"], len(rollout) * self.trainer.world_size)
         if self.whiten_scope == "batch":
             advantages = self.whiten(advantages, mask)
-        experience = Experience.from_rollout(
-            rollout,
-            completion_mask=mask,
-            old_logp=policy.logp,
+        experience = Experience(
+            replace(rollout, completion_mask=mask),
+            scores,
+            proxy.parts,
+            logp=policy.logp,
             ref_logp=reference.logp,
             values=values,
             rewards=rewards,
             advantages=advantages,
             returns=returns,
-            scores=scores,
-            parts=proxy.parts,
         )
         return experience, metrics
 
@@ -237,6 +243,16 @@ class PPOModule(OnlineModule):
     def minibatch_loss(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Sums]:
         """Clipped policy loss, clipped value loss and entropy bonus of one micro-batch."""
         mask = experience.completion_mask
+        advantages, old_logp, old_values, returns = (
+            experience.advantages,
+            experience.logp,
+            experience.values,
+            experience.returns,
+        )
+        assert advantages is not None
+        assert old_logp is not None
+        assert old_values is not None
+        assert returns is not None
         stats = token_stats(
             self.model,
             experience.input_ids,
@@ -246,12 +262,11 @@ class PPOModule(OnlineModule):
             entropy=True,
         )
         assert stats.entropy is not None
-        advantages = experience.advantages
         if self.whiten_scope == "minibatch":
             advantages = self.whiten(advantages, mask)
         policy, sums = ppo_policy_loss(
             stats.logp,
-            experience.old_logp,
+            old_logp,
             advantages,
             mask,
             cliprange=self.cliprange,
@@ -260,8 +275,8 @@ class PPOModule(OnlineModule):
         )
         value, value_sums = clipped_value_loss(
             self.value_model(experience.input_ids, experience.attention_mask),
-            experience.values,
-            experience.returns,
+            old_values,
+            returns,
             mask,
             cliprange_value=self.cliprange_value,
             normaliser=normaliser,
@@ -288,3 +303,11 @@ class PPOModule(OnlineModule):
         """Continue with the controller's β."""
         super().on_load_checkpoint(checkpoint)
         self.kl_controller.load_state_dict(checkpoint["method"]["kl_controller"])
+
+
+def trunk_for_values(reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first reward model among the parts whose tokenizer is the policy's: the value model can start from it."""
+    for part in reward.parts:
+        if isinstance(part.scorer, LearnedReward) and part.scorer.tokenizer.get_vocab() == tokenizer.get_vocab():
+            return part.source
+    return None

@@ -22,8 +22,9 @@ def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     """
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64))
     counters = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix(keys[:, None] + counters[None, :]) >> np.uint64(11)
-    return torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
+    # 52 bits: the largest value times any total stays below that total
+    bits = _mix(keys[:, None] + counters[None, :]) >> np.uint64(12)
+    return torch.from_numpy(bits.astype(np.float64) * 2.0**-52)
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
@@ -87,4 +88,5 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     fraction = (1 + (target - mass.gather(1, block)) / sums.gather(1, block)).clamp_(0.0, 1.0 - 1e-12)
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
     offset = torch.searchsorted(inside, fraction * inside[:, -1:], right=True).clamp_(max=BLOCK - 1)
-    return (block * BLOCK + offset).squeeze(1)
+    # only weights that are not numbers lead beyond the vocabulary; the caller sees their log-prob
+    return (block * BLOCK + offset).squeeze(1).clamp_(max=vocabulary - 1)

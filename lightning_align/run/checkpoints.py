@@ -116,7 +116,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         """Write under another name, then rename: a killed process leaves the old file or the new one."""
         path = self.run.path / CHECKPOINTS / name
         temporary = path.with_name(f".{name}.tmp")
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             os.replace(temporary, path)
         trainer.strategy.barrier("checkpoint")
@@ -131,7 +131,11 @@ def check_checkpoint(path: Path) -> None:
         content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason}): use another one or --overwrite the run") from error
-    missing = {"state_dict", "loops", "callbacks", "method"} - set(content) if isinstance(content, dict) else {"state_dict"}
+        raise UserError(
+            f"{path} is not a whole checkpoint ({reason}): use another one or --overwrite the run"
+        ) from error
+    missing = (
+        {"state_dict", "loops", "callbacks", "method"} - set(content) if isinstance(content, dict) else {"state_dict"}
+    )
     if missing:
         raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")

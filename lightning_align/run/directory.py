@@ -29,7 +29,7 @@ _VERSIONED = ("torch", "lightning", "transformers", "tokenizers", "datasets", "j
 
 
 class RunDirectory:
-    """``root/name``. The constructor and :meth:`check` touch nothing; :meth:`open` writes, once everything else is known to be good.
+    """``root/name``. The constructor and :meth:`check` touch nothing; :meth:`open` writes, once all else is known to be good.
 
     Args:
         root: Folder that holds all runs.
@@ -62,11 +62,17 @@ class RunDirectory:
         """Raise :class:`UserError` if the run could not be written, or would overwrite another."""
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite contradict each other: give one of them")
-        existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists() or folder == folder.parent)
+        existing = next(
+            folder for folder in (self.path, *self.path.parents) if folder.exists() or folder == folder.parent
+        )
         if not existing.is_dir():
-            raise UserError(f"cannot create the run directory {self.path}: {existing} is not a folder (change --run.root)")
+            raise UserError(
+                f"cannot create the run directory {self.path}: {existing} is not a folder (change --run.root)"
+            )
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"cannot write the run directory {self.path}: no permission in {existing} (change --run.root)")
+            raise UserError(
+                f"cannot write the run directory {self.path}: no permission in {existing} (change --run.root)"
+            )
         occupied = existing == self.path and any(self.path.iterdir())
         if self.resume and not occupied:
             raise UserError(f"nothing to resume: {self.path} does not exist (check --run.name and --run.root)")
@@ -85,7 +91,9 @@ class RunDirectory:
             (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CONFIG_FILE, config)
         except OSError as error:
-            raise UserError(f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)") from error
+            raise UserError(
+                f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)"
+            ) from error
         before = read_status(self.path) if self.resume else {}
         self._earlier_seconds = float(before.get("durations", {}).get("total_seconds", 0.0))
         self._facts = {
@@ -150,7 +158,12 @@ def find_parents(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         run = next((folder for folder in (candidate, *list(candidate.parents)[:2]) if is_run(folder)), None)
         if run is not None:
             status = read_status(run)
-            parents[key] = {"option": key, "run": str(run), "status": status.get("status"), "created": status.get("created")}
+            parents[key] = {
+                "option": key,
+                "run": str(run),
+                "status": status.get("status"),
+                "created": status.get("created"),
+            }
     return list(parents.values())
 
 
@@ -191,7 +204,7 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package is imported from, with ``+changes`` when it is dirty; None outside a checkout."""
+    """Commit of the checkout this package lies in, with ``+changes`` when it is dirty; None outside a checkout."""
     folder = Path(lightning_align.__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -211,4 +224,4 @@ def git_commit() -> str | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -37,8 +37,8 @@ def log_samples(loggers: Iterable[Logger], rows: Sequence[Mapping[str, Any]], *,
 class FileLogger(RunLogger):
     """``metrics.csv`` and ``samples.jsonl`` in the run directory; every row is on disk when the call returns.
 
-    Columns are sorted (``step`` first) and may appear at any time; the file is then rewritten. Nothing is created before the
-    first row, so that a run which fails early leaves nothing.
+    Columns are sorted (``step`` first) and may appear at any time; the file is then rewritten. Nothing is created before
+    the first row, so that a run which fails early leaves nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,7 +81,9 @@ class FileLogger(RunLogger):
             self._rewrite(rows)
         else:
             self._metrics.unlink(missing_ok=True)
-        lines = self._samples.read_bytes().splitlines(keepends=True)[: state["samples"]] if self._samples.exists() else []
+        lines = (
+            self._samples.read_bytes().splitlines(keepends=True)[: state["samples"]] if self._samples.exists() else []
+        )
         self._sample_rows = len(lines)
         if lines:
             _replace(self._samples, b"".join(lines))
@@ -128,7 +130,7 @@ class FileLogger(RunLogger):
 class WandbMirror(RunLogger):
     """Mirrors metrics and samples to Weights & Biases. It never asks, never blocks and never fails a run.
 
-    Offline unless told otherwise, logged in or not. The first problem of any kind gives one warning and ends the mirroring.
+    Offline unless told otherwise, logged in or not. The first problem of any kind gives one warning and ends it.
 
     Args:
         folder: The run directory; offline files lie in its ``wandb`` folder.
@@ -165,7 +167,9 @@ class WandbMirror(RunLogger):
         except Exception as error:  # a mirror may raise anything, from network to disk, and must never stop a run
             self._mode = "disabled"
             text = " ".join(str(error).split())
-            warnings.warn(f"Weights & Biases is switched off for this run: {type(error).__name__}: {text}", stacklevel=3)
+            warnings.warn(
+                f"Weights & Biases is switched off for this run: {type(error).__name__}: {text}", stacklevel=3
+            )
 
     def _start(self) -> None:
         import wandb

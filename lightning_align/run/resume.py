@@ -1,9 +1,9 @@
 """Exact resume: a hook between two batches, and the random states that are saved and restored there.
 
-Lightning's own hooks leave no place where a step is wholly over: ``on_train_batch_end`` comes before the validation of that
-step, and a checkpoint written there would skip it on resuming. :class:`BoundaryLoop` adds the place. What is saved there is
-restored at the same point, after the resumed process has built its models and loaders and before it fetches a batch, so
-nothing that start-up draws from the global generators matters.
+Lightning's own hooks leave no place where a step is wholly over: ``on_train_batch_end`` comes before the validation of
+that step, and a checkpoint written there would skip it on resuming. :class:`BoundaryLoop` adds the place. What is saved
+there is restored at the same point, after the resumed process has built its models and loaders and before it fetches a
+batch, so nothing that start-up draws from the global generators matters.
 """
 
 import random
@@ -20,7 +20,7 @@ class BoundaryCallback(Callback):
     """A callback that is told when a step is wholly over: logged, validated, and the next batch not fetched yet."""
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        """``step`` optimiser steps (offline) or iterations (online) are done; not called inside an accumulation window."""
+        """``step`` optimiser steps or iterations are done; not called inside an accumulation window."""
 
     def on_loop_start(self, trainer: Trainer, module: LightningModule) -> None:
         """The loop is about to fetch its first batch, in a fresh run or a resumed one."""

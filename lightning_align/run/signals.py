@@ -7,6 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STAGE_VARIABLE = "LIGHTNING_ALIGN_STAGE"  # set by a pipeline for the processes of its stages
 
 
 class Interrupted(BaseException):
@@ -16,14 +17,15 @@ class Interrupted(BaseException):
 class StopRequest:
     """Context manager that turns signals into a flag which the training loop reads between two batches.
 
-    Until :meth:`defer` is called there is no step to finish, and the first signal raises :class:`Interrupted`. A process whose
-    parent has gone (a pipeline that was killed) counts as asked to stop, so that nobody trains unseen in its directory.
+    Until :meth:`defer` is called there is no step to finish, and the first signal raises :class:`Interrupted`. A stage
+    whose pipeline has gone (it was killed) counts as asked to stop, so that nobody trains unseen in the directory that the
+    next pipeline will continue. A run started by hand may outlive its terminal.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._deferring = False
-        self._parent = os.getppid()
+        self._parent = os.getppid() if STAGE_VARIABLE in os.environ else None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,7 +33,9 @@ class StopRequest:
         self.install()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -47,7 +51,8 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether the run should save and stop."""
-        return self._signal is not None or os.getppid() != self._parent
+        orphaned = self._parent is not None and os.getppid() != self._parent
+        return self._signal is not None or orphaned
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name

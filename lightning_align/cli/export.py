@@ -1,0 +1,56 @@
+"""``export``: a checkpoint of a run in Hugging Face format."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+from lightning_align.cli.options import OptionParser
+from lightning_align.errors import UserError
+from lightning_align.run.directory import CHECKPOINTS, CONFIG_FILE, LAST, is_run
+
+
+def main(argv: list[str]) -> int:
+    """Write ``--out`` from a checkpoint; the run's configuration says which module it belongs to."""
+    parser = OptionParser("export", "Write a checkpoint of a run in Hugging Face format.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint file, or a run directory for its last checkpoint")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write (must not exist)")
+    options = parser.parse_args(argv)
+    checkpoint = options.checkpoint / CHECKPOINTS / LAST if is_run(options.checkpoint) else options.checkpoint
+    run = checkpoint.parent.parent
+    if not is_run(run):
+        raise UserError(f"{options.checkpoint} is neither a run directory nor a checkpoint in one")
+    if options.out.exists():
+        raise UserError(f"{options.out} exists: give another --out")
+    export_checkpoint(run, checkpoint, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
+def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
+    """Start the run's module from the checkpoint exactly as resuming does, and export instead of training."""
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from lightning_align.callbacks.plan import PlanOnly
+    from lightning_align.cli.fit import build, import_methods, quiet, run_trainer
+    from lightning_align.run.checkpoints import check_checkpoint
+
+    class ExportInstead(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            """The weights have just been restored."""
+            temporary = out.with_name(f".{out.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            cli.model.export(temporary)
+            os.replace(temporary, out)
+            raise PlanOnly
+
+    check_checkpoint(checkpoint)
+    quiet()
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
+    import_methods()
+    cli = build("export", ["--config", str(run / CONFIG_FILE)])
+    trainer = cli.build_trainer([ExportInstead()], logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    try:
+        run_trainer("fit", trainer, cli, checkpoint)
+    except PlanOnly:
+        return

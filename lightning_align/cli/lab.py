@@ -1,0 +1,85 @@
+"""``lab``: what finished runs say. ``lab overopt`` draws the true score over KL and names the checkpoint to keep."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_align.cli.main import nearest
+from lightning_align.cli.options import OptionParser
+from lightning_align.errors import UserError
+from lightning_align.run.directory import write_atomically
+
+ACTIONS = ("overopt",)
+
+
+def main(argv: list[str]) -> int:
+    """Run the lab command that ``argv`` names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: lightning-align lab COMMAND [options]\n\ncommands:")
+        print("  overopt  true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)")
+        return 0
+    if argv[0] not in ACTIONS:
+        raise UserError(
+            f"unknown lab command '{argv[0]}'{nearest(argv[0], list(ACTIONS))} (there is: {', '.join(ACTIONS)})"
+        )
+    return overopt(argv[1:])
+
+
+def overopt(argv: Sequence[str]) -> int:
+    """Write ``overopt.png``, ``.html`` and ``.json``; everything is computed before the first file is written."""
+    parser = OptionParser(
+        "lab overopt", "Draw reward and true score over KL, fit the law of over-optimisation, choose."
+    )
+    parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run, or the folder of the CSV)")
+    parser.add_argument("--report", type=Path, help="file for the page (default: OUT/overopt.html)")
+    parser.add_argument("--form", choices=("rl", "bon"), default="rl", help="rl: d(α − β ln d); bon: d(α − β d)")
+    parser.add_argument(
+        "--source", choices=("auto", "eval", "train", "plain", "trl"), default="auto",
+        help="eval: eval/lab/…; train: lab/…; plain: kl, proxy, gold; trl: objective/… (default: the first there is)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of a CSV, such as kl=objective/kl"
+    )
+    options = parser.parse_args(argv)
+    columns = dict(_pair(word) for word in options.columns)
+    if options.source != "auto" and set(columns) - {"step"}:
+        raise UserError("--source and --columns contradict each other: give one of them")
+
+    from lightning_align.lab.analysis import analyse
+    from lightning_align.lab.figures import draw, png
+    from lightning_align.lab.findings import conclude
+    from lightning_align.lab.report import render
+    from lightning_align.lab.runs import load_curve
+    from lightning_align.lab.summary import summarise, to_json
+
+    analysis = analyse(load_curve(options.run, source=options.source, columns=columns), form=options.form)
+    finding = conclude(analysis)
+    out = options.out or (options.run if options.run.is_dir() else options.run.parent)
+    page = options.report or out / "overopt.html"
+    picture, html = png(draw(analysis, finding)), render(analysis, finding)
+    numbers = to_json(summarise(analysis, finding, options.run))
+    try:
+        for folder in (out, page.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        temporary = out / ".overopt.png.tmp"
+        temporary.write_bytes(picture)
+        os.replace(temporary, out / "overopt.png")
+        write_atomically(page, html)
+        write_atomically(out / "overopt.json", numbers)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror} (change --out)") from error
+    print(finding.headline)
+    for sentence in finding.sentences:
+        print(f"  {sentence}")
+    if analysis.choice.checkpoint is not None:
+        print(f"  checkpoint: {analysis.choice.checkpoint}")
+    print(f"wrote {out / 'overopt.png'}, {page}, {out / 'overopt.json'}")
+    return 0
+
+
+def _pair(word: str) -> tuple[str, str]:
+    key, equals, column = word.partition("=")
+    if not equals or not column:
+        raise UserError(f"--columns takes FIELD=NAME, not '{word}'")
+    return key, column

@@ -1,0 +1,17 @@
+"""What the small commands share: an argparse parser whose errors are one line."""
+
+import argparse
+from typing import NoReturn
+
+from lightning_align.errors import UserError
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Raises :class:`UserError` instead of printing the usage; options must be written out."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(prog=f"lightning-align {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        raise UserError(f"{message} (see {self.prog} --help)")

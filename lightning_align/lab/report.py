@@ -1,0 +1,315 @@
+"""One self-contained page: the picture, its numbers, and what the model said on the way. No script, no request."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from lightning_align import __version__
+from lightning_align.lab.analysis import Analysis
+from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
+from lightning_align.lab.findings import Finding, kl_interval, kl_text, number
+from lightning_align.lab.overopt import FORMULAS, FormResult, Interval
+from lightning_align.lab.runs import Point
+
+PROMPTS_SHOWN = 5
+LONGEST_TEXT = 700  # characters of a prompt or answer
+FORM_NAMES = {"rl": "RL", "bon": "best-of-n"}
+SUMMARY = (
+    ("policy", "model", "model"),
+    ("reward", "model", "reward"),
+    ("gold", "model", "gold"),
+    ("prompts", "data", "path"),
+    ("iterations", "model", "iterations"),
+    ("prompts per iteration", "data", "batch_size"),
+    ("learning rate", "model", "learning_rate"),
+    ("KL coefficient", "model", "kl_coef"),
+    ("inner epochs", "model", "num_epochs"),
+    ("temperature", "model", "temperature"),
+)
+READING = (
+    "Each dot is a checkpoint; training moves to the right, away from the model it started from. The reward (above) is "
+    "what training can see and maximise. The true score (below) is what we want. Where the reward still rises and the "
+    "true score falls, the policy is exploiting the reward's mistakes."
+)
+
+
+def render(analysis: Analysis, finding: Finding) -> str:
+    """The whole page."""
+    css = files("lightning_align.lab").joinpath("report.css").read_text(encoding="utf-8")
+    curve = analysis.curve
+    sections = [
+        f'<p class="eyebrow">Over-optimisation · {escape(curve.name)}</p>',
+        f"<h1>{escape(finding.headline)}</h1>",
+        *(f"<p>{escape(sentence)}</p>" for sentence in finding.sentences),
+        _keep(analysis),
+        _picture(analysis, finding),
+        _fit(analysis),
+        _answers(analysis),
+        _run(analysis),
+        f"<footer>{escape(_footer(analysis))}</footer>",
+    ]
+    body = "\n".join(section for section in sections if section)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # no script and no request may ever come out of a sampled text
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(finding.headline)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the top
+def _keep(analysis: Analysis) -> str:
+    choice = analysis.choice
+    if choice.checkpoint is None:
+        return ""
+    title = "Checkpoint to keep" if choice.policy == "gold" else "Checkpoint at the knee"
+    path = str(choice.checkpoint)
+    near = (
+        "" if choice.checkpoint_step == choice.point.step else f" (saved at step {choice.checkpoint_step}, the nearest)"
+    )
+    command = f"lightning-align export {path} --out best"
+    return (
+        f'<div class="keep"><p><strong>{title}</strong>{near}<br><code>{escape(path)}</code></p>'
+        f'<p class="note">Write it as a Hugging Face model: <code>{escape(command)}</code></p></div>'
+    )
+
+
+def _picture(analysis: Analysis, finding: Finding) -> str:
+    label = escape(finding.headline)
+    pictures = "\n".join(
+        svg(draw(analysis, finding, layout, with_title=False), name, label)
+        for name, layout in (("wide", WIDE), ("narrow", NARROW))
+    )
+    caption = escape(READING) + "<br>" + escape(source_line(analysis)).replace("\n", " ")
+    return (
+        f'<div class="beside"><figure>{pictures}<figcaption><p>{caption}</p></figcaption></figure>'
+        f"{_points(analysis)}</div>"
+    )
+
+
+def _points(analysis: Analysis) -> str:
+    """The numbers behind the dots."""
+    notes = _notes(analysis)
+    rows = []
+    for point in analysis.curve.points:
+        chosen = ' class="chosen"' if point == analysis.choice.point else ""
+        cells = "".join(
+            f"<td>{cell}</td>" for cell in (point.step, number(point.kl), number(point.proxy), number(point.gold))
+        )
+        rows.append(f'<tr{chosen}>{cells}<td class="word">{", ".join(notes.get(point.step, []))}</td></tr>')
+    head = '<th>step</th><th>KL</th><th class="proxy">reward</th><th class="gold">true score</th><th class="word"></th>'
+    return (
+        '<div class="scroll"><table><caption>The dots as numbers (KL in nats)</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _notes(analysis: Analysis) -> dict[int, list[str]]:
+    notes: dict[int, list[str]] = {}
+    if analysis.start is not None:
+        notes.setdefault(analysis.start.points[0].step, []).append("start")
+    verb = "keep" if analysis.choice.policy == "gold" else "knee"
+    notes.setdefault(analysis.choice.point.step, []).append(verb)
+    if analysis.choice.best is not None:
+        notes.setdefault(analysis.choice.best.step, []).append("best")
+    for point in analysis.curve.points:
+        if point.kl < 0:
+            notes.setdefault(point.step, []).append("KL below 0, not fitted")
+    return notes
+
+
+# ---------------------------------------------------------------------------------------------------------- the fit
+def _fit(analysis: Analysis) -> str:
+    result = analysis.result
+    if result is None:
+        return ""
+    d, origin = result.peak_d, 0.0 if analysis.start_fitted else analysis.start_gold
+    rows = [_row("α", result.alpha, 3), _row("β", result.beta, 3)]
+    if analysis.peak_in_range and d is not None and result.peak_reward is not None:
+        low, high = kl_interval(d)
+        height = result.peak_reward
+        rows += [
+            f'<tr><td class="word">peak, KL (nats)</td><td>{kl_text(d.estimate**2)}</td><td>{low} to {high}</td></tr>',
+            _row("peak, d = √KL", d, 2),
+            _row("true score at the peak", _shifted(height, origin), 2),
+            _row("gain over the start", _shifted(height, -result.fit.intercept), 2),
+        ]
+    else:
+        rows.append('<tr><td class="word">peak</td><td>none in range</td><td></td></tr>')
+    if analysis.fall is not None:
+        rows.append(_row("end minus peak, measured", analysis.fall, 2))
+    head = '<th class="word"></th><th>estimate</th><th>95 % interval</th>'
+    note = (
+        f"{len(analysis.fitted)} checkpoints fitted by least squares, true score at the start "
+        f"{'fitted' if analysis.start_fitted else 'fixed at'} {number(analysis.start_gold)}. d = √KL."
+    )
+    return (
+        f'<h2>The fit</h2><p class="note">{escape(note)}</p><div class="pair">'
+        f"<table><caption>{escape(FORMULAS[analysis.form])}</caption><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>{_forms(analysis)}</div>"
+    )
+
+
+def _row(name: str, interval: Interval, digits: int) -> str:
+    low, high = number(interval.low, digits), number(interval.high, digits) if interval.high < 1e3 else "∞"
+    return f'<tr><td class="word">{name}</td><td>{number(interval.estimate, digits)}</td><td>{low} to {high}</td></tr>'
+
+
+def _shifted(interval: Interval, by: float) -> Interval:
+    return Interval(interval.estimate + by, interval.low + by, interval.high + by)
+
+
+def _forms(analysis: Analysis) -> str:
+    """Both forms on the same points: how near they come, and how well they foresee the far third."""
+
+    def row(name: str, result: FormResult) -> str:
+        far = result.extrapolation_rmse
+        return (
+            f'<tr><td class="word">{FORM_NAMES[name]}: {escape(FORMULAS[result.fit.form])}</td>'
+            f"<td>{number(result.rmse, 3)}</td><td>{'–' if far is None else number(far, 3)}</td></tr>"
+        )
+
+    head = '<th class="word"></th><th>error</th><th>error on the far third</th>'
+    return (
+        "<table><caption>Two forms (root mean square error of the true score)</caption>"
+        f"<thead><tr>{head}</tr></thead><tbody>"
+        f"{''.join(row(name, result) for name, result in analysis.forms.items())}</tbody></table>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+def _answers(analysis: Analysis) -> str:
+    """The same prompts at the start, at the chosen checkpoint and at the end."""
+    columns = sample_columns(analysis)
+    if not columns:
+        return ""
+    blocks = []
+    for prompt in shared_prompts([rows for _, _, rows in columns])[:PROMPTS_SHOWN]:
+        cards = "".join(_card(title, point, rows.get(prompt), analysis) for title, point, rows in columns)
+        blocks.append(f'<div><p class="prompt">{escape(clip(prompt))}</p><div class="columns">{cards}</div></div>')
+    note = f"The first {len(blocks)} held-out prompts, not selected; one sampled answer each."
+    return f'<h2>What it says on the way</h2><p class="note">{note}</p><div class="answers">{"".join(blocks)}</div>'
+
+
+def sample_columns(analysis: Analysis) -> list[tuple[str, Point, dict[str, Mapping[str, Any]]]]:
+    """Title, point and rows by prompt of the sampled checkpoints: the first, the chosen and the farthest by KL."""
+    by_step: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in analysis.curve.samples:
+        if isinstance(row["step"], int):
+            by_step.setdefault(row["step"], {}).setdefault(as_text(row["prompt"]), row)
+    points = {point.step: point for point in analysis.curve.points}
+    sampled = sorted((points[step] for step in by_step if step in points), key=lambda p: (p.kl, p.step))
+    if not sampled:
+        return []
+    chosen = min(sampled, key=lambda p: abs(p.step - analysis.choice.point.step))
+    titles = {
+        sampled[-1].step: "Over-optimised" if analysis.falls else "Farthest from the start",
+        sampled[0].step: "Start",
+        chosen.step: "Checkpoint to keep" if analysis.choice.policy == "gold" else "Checkpoint at the knee",
+    }
+    return [(titles[p.step], p, by_step[p.step]) for p in sampled if p.step in titles]
+
+
+def shared_prompts(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Prompts in the order of the columns, those that all columns have before the others."""
+    prompts = dict.fromkeys(prompt for rows in columns for prompt in rows)
+    return sorted(prompts, key=lambda prompt: -sum(prompt in rows for rows in columns))
+
+
+def _card(title: str, point: Point, row: Mapping[str, Any] | None, analysis: Analysis) -> str:
+    chosen = " chosen" if point.step == analysis.choice.point.step else ""
+    head = f'<div class="note">{title} · step {point.step}, KL {kl_text(point.kl)}</div>'
+    if row is None:
+        return f'<div class="card{chosen}">{head}<div class="text note">no sample of this prompt</div></div>'
+    scores = "".join(
+        f'<span class="{key}">{name} <strong>{number(float(row[key]))}</strong></span>'
+        for key, name in (("proxy", "reward"), ("gold", "true score"))
+        if isinstance(row.get(key), int | float)
+    )
+    cut = '<span class="note">cut at the length limit</span>' if row.get("finish_reason") == "length" else ""
+    text = escape(clip(as_text(row["completion"]))) or '<span class="note">(empty)</span>'
+    return (
+        f'<div class="card{chosen}">{head}<div class="text">{text}</div><div class="scores">{scores}{cut}</div></div>'
+    )
+
+
+def as_text(content: Any) -> str:
+    """A text, or a conversation with a line per turn."""
+    if isinstance(content, str):
+        return content.strip()
+    if isinstance(content, list) and all(isinstance(turn, dict) for turn in content):
+        return "\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in content)
+    return json.dumps(content, ensure_ascii=False)
+
+
+def clip(text: str) -> str:
+    """At most :data:`LONGEST_TEXT` characters."""
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rstrip() + " …"
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+def _run(analysis: Analysis) -> str:
+    curve = analysis.curve
+    entries = [*_config_entries(curve.config), *_status_entries(curve.status)]
+    if not entries:
+        return ""
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries)
+    full = escape(yaml.safe_dump(curve.config, sort_keys=False, allow_unicode=True)) if curve.config else ""
+    details = f"<details><summary>The whole configuration</summary><pre>{full}</pre></details>" if full else ""
+    return f"<h2>The run</h2><dl>{listed}</dl>{details}"
+
+
+def _config_entries(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    parts = {key: config[key] for key in ("model", "data") if isinstance(config.get(key), dict)}
+    method = parts.get("model", {}).get("class_path")
+    if isinstance(method, str):
+        yield "method", method.rpartition(".")[2]
+    for name, part, key in SUMMARY:
+        content = parts.get(part, {})
+        arguments = content.get("init_args", content)
+        value = arguments.get(key) if isinstance(arguments, dict) else None
+        if value is not None:
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _status_entries(status: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if status.get("seed") is not None:
+        yield "seed", str(status["seed"])
+    seconds = _mapping(status, "durations").get("total_seconds")
+    if isinstance(seconds, int | float):
+        yield "trained for", f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+    if status.get("created"):
+        yield "started", str(status["created"])
+    hardware = _mapping(status, "hardware")
+    if hardware:
+        gpus = ", ".join(map(str, hardware.get("gpus") or []))
+        yield "hardware", gpus or f"{hardware.get('cpu_cores', '?')} CPU cores"
+    versions = _mapping(status, "versions")
+    if versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    if status.get("git_commit"):
+        yield "commit", str(status["git_commit"])
+
+
+def _mapping(status: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = status.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _footer(analysis: Analysis) -> str:
+    left_out = analysis.curve.without_kl
+    lost = f" {left_out} rows without a KL were left out." if left_out else ""
+    noise = analysis.gold_noise
+    scatter = (
+        f" One true score has a standard error of about {number(noise)}." if math.isfinite(noise) and noise else ""
+    )
+    return (
+        f"Formula: Gao, Schulman & Hilton, Scaling laws for reward model overoptimization, 2022 (arXiv 2210.10760)."
+        f"{scatter}{lost} Written by lightning_align {__version__}."
+    )

@@ -1,0 +1,146 @@
+"""The result as JSON: numbers with intervals, the choice and the verdict."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_align.lab.analysis import Analysis, Place
+from lightning_align.lab.findings import ONE_RUN, Finding, about_choice
+from lightning_align.lab.overopt import FORMULAS, SMALLEST_D, FormResult, Interval
+from lightning_align.lab.runs import Point
+
+FORMAT = 1
+
+
+def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]:
+    """Content of ``overopt.json``. Distances are d = √KL, R is gold minus its start; null is what is not known."""
+    curve, result = analysis.curve, analysis.result
+    reported = _reported(result) if result is not None else {}
+    return {
+        "format": FORMAT,
+        "run": str(run),
+        "source": curve.source,
+        "n": len(curve.points),
+        "n_fitted": len(analysis.fitted),
+        "excluded": _excluded(analysis),
+        "seeds": [] if curve.seed is None else [curve.seed],
+        "form": analysis.form,
+        "formula": FORMULAS[analysis.form],
+        "alpha": None,
+        "beta": None,
+        "d_peak": None,
+        "kl_peak": None,
+        "R_peak": None,
+        "intervals": {},
+        **reported,
+        "interval_method": ONE_RUN if result is not None else None,
+        "peak_status": result.status if result is not None else None,
+        "forms": {name: _form(other) for name, other in analysis.forms.items()},
+        "start_fitted": analysis.start_fitted,
+        "gold": {
+            "start": analysis.start_gold,
+            "peak": analysis.peak.gold if analysis.peak is not None else None,
+            "peak_kl": analysis.peak.kl if analysis.peak is not None else None,
+            "end": analysis.end.gold,
+            "end_kl": analysis.end.kl,
+            "se": analysis.gold_noise,
+            "end_minus_peak": _interval(analysis.fall),
+            "end_minus_start": _interval(analysis.rise),
+            "falls": analysis.falls,
+        },
+        "proxy": {
+            "start": _proxy(analysis.start),
+            "peak": _proxy(analysis.peak),
+            "end": _proxy(analysis.end),
+            "end_minus_peak": _interval(analysis.proxy_gain),
+        },
+        "chosen": _chosen(analysis),
+        "verdict": finding.kind,
+        "headline": finding.headline,
+        "verdict_text": finding.text,
+        "points": [_point(point) for point in curve.points],
+    }
+
+
+def _reported(result: FormResult) -> dict[str, Any]:
+    """Parameters, and the peak only where one may be claimed."""
+    values: dict[str, Any] = {"alpha": result.alpha.estimate, "beta": result.beta.estimate}
+    intervals = {"alpha": _ends(result.alpha), "beta": _ends(result.beta)}
+    if result.status == "in range" and result.peak_d is not None and result.peak_reward is not None:
+        d, height = result.peak_d, result.peak_reward
+        values |= {"d_peak": d.estimate, "kl_peak": d.estimate**2, "R_peak": height.estimate - result.fit.intercept}
+        above = Interval(height.estimate, height.low - result.fit.intercept, height.high - result.fit.intercept)
+        intervals |= {"d_peak": _ends(d), "kl_peak": [end**2 for end in _ends(d)], "R_peak": _ends(above)}
+    return {**values, "intervals": intervals}
+
+
+def _form(result: FormResult) -> dict[str, Any]:
+    return {
+        "alpha": result.fit.alpha,
+        "beta": result.fit.beta,
+        "intercept": result.fit.intercept,
+        "rmse": result.rmse,
+        "rmse_last_third": result.extrapolation_rmse,
+        "peak_status": result.status,
+    }
+
+
+def _excluded(analysis: Analysis) -> dict[str, int]:
+    points = analysis.curve.points
+    measured = [point for point in points if math.isfinite(point.gold)]
+    return {
+        "without_kl": analysis.curve.without_kl,
+        "without_gold": len(points) - len(measured),
+        "negative_kl": sum(point.kl < 0 for point in measured),
+        f"d_below_{SMALLEST_D:g}": sum(0 <= point.d < SMALLEST_D for point in measured),
+    }
+
+
+def _chosen(analysis: Analysis) -> dict[str, Any]:
+    choice = analysis.choice
+    return {
+        "iteration": choice.point.step,
+        "kl": choice.point.kl,
+        "gold": choice.point.gold,
+        "proxy": choice.point.proxy,
+        "checkpoint": str(choice.checkpoint) if choice.checkpoint is not None else None,
+        "checkpoint_iteration": choice.checkpoint_step,
+        "policy": choice.policy,
+        "best_iteration": choice.best.step if choice.best is not None else None,
+        "reason": about_choice(analysis),
+    }
+
+
+def _point(point: Point) -> dict[str, float]:
+    return {"step": point.step, "kl": point.kl, "proxy": point.proxy, "gold": point.gold}
+
+
+def _proxy(place: Place | None) -> float | None:
+    return place.proxy if place is not None else None
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def _interval(interval: Interval | None) -> dict[str, float] | None:
+    if interval is None:
+        return None
+    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Strict JSON: what is not a finite number becomes null."""
+    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

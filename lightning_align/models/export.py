@@ -1,0 +1,53 @@
+"""Writing models in Hugging Face format."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write safetensors, configuration, tokenizer and chat template to ``folder``, which is whole whenever it exists.
+
+    An earlier export under that name is replaced only once the new one is complete.
+
+    Args:
+        model: A language model or the network of a reward model.
+        tokenizer: Its tokenizer.
+        folder: Where to write; parents are made.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's is private
+        _set_special_tokens(model, tokenizer)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            earlier = temporary.with_name(f"{temporary.name}.earlier")
+            os.replace(folder, earlier)
+            os.replace(temporary, folder)
+            shutil.rmtree(earlier)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Ids that plain transformers needs: padding for batches of a classifier, EOS to stop generation."""
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if not model.can_generate() or model.generation_config is None:
+        return
+    generation = model.generation_config
+    generation.pad_token_id = tokenizer.pad_token_id
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.bos_token_id is None:
+        generation.bos_token_id = tokenizer.bos_token_id
+    if generation.temperature not in (None, 1.0) or generation.top_p not in (None, 1.0):
+        generation.do_sample = True  # transformers refuses to save sampling settings beside greedy decoding

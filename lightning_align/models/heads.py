@@ -1,0 +1,219 @@
+"""Scalar heads on decoder trunks: reward models (one score a sequence) and value models (one value a token)."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_align.errors import UserError
+from lightning_align.models.loading import Loaded, load_causal_lm, load_network
+from lightning_align.models.masks import attention_inputs, predictable_tokens
+
+HEAD = "score.weight"
+Normalisation = Literal["none", "shift", "full"]
+
+
+class RewardModel(nn.Module):
+    """A score per sequence: a linear head without bias on the state of the last real token, in float32.
+
+    The last token is found by the mask, so that padding side, padding id and batch do not matter. Mean and standard
+    deviation of the scores on a reference set are kept in the configuration (``reward_mean``, ``reward_std``); the raw
+    scores are those of ``AutoModelForSequenceClassification``, which loads what :meth:`save_pretrained` writes.
+
+    Args:
+        network: A sequence classifier of transformers with one label and a head named ``score``.
+    """
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+        _score_head(network)
+        self.reward_mean, self.reward_std = _stored_normalisation(network.config)
+
+    @classmethod
+    def from_backbone(
+        cls, source: str, *, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
+    ) -> "RewardModel":
+        """A language model's trunk under a fresh head, drawn from N(0, 1/(H + 1)) by torch's seed."""
+        loaded = _load_classifier(source, tokenizer, dtype)
+        if loaded.missing - {HEAD}:
+            raise _incomplete(source, loaded)
+        model = cls(loaded.network)
+        nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
+        model._store_normalisation(0.0, 1.0)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str, *, dtype: str = "float32") -> "RewardModel":
+        """A trained reward model from a run, path or hub id; :class:`UserError` if it has no score head."""
+        loaded = _load_classifier(source, None, dtype)
+        if HEAD in loaded.missing:
+            raise UserError(f"{source} has no score head: it is a language model, not a reward model")
+        if loaded.missing:
+            raise _incomplete(source, loaded)
+        return cls(loaded.network)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The linear map from the width to the score, in float32."""
+        return _score_head(self.network)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The network's configuration."""
+        return self.network.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Raw scores ``[R]`` of sequences ``[R, T]`` padded on either side."""
+        inputs = attention_inputs(self.config, attention_mask)
+        states = self.network.base_model(input_ids=input_ids, **inputs).last_hidden_state
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.where(attention_mask.bool(), index, 0).amax(1)
+        return _apply_head(self.head, states[torch.arange(len(last), device=last.device), last])
+
+    def normalise(self, scores: Tensor, normalisation: Normalisation = "shift") -> Tensor:
+        """Raw scores on the reference set's scale: minus its mean, and with ``full`` divided by its deviation."""
+        if normalisation == "none":
+            return scores
+        shifted = scores - self.reward_mean
+        return shifted / self.reward_std if normalisation == "full" else shifted
+
+    def normalised_scores(
+        self, input_ids: Tensor, attention_mask: Tensor, normalisation: Normalisation = "shift"
+    ) -> Tensor:
+        """Normalised scores ``[R]``; pair probabilities are the same as for raw ones unless ``full``."""
+        return self.normalise(self(input_ids, attention_mask), normalisation)
+
+    def set_normalisation(self, scores: Tensor) -> None:
+        """Take mean and (biased) standard deviation of the raw scores of a reference set."""
+        scores = scores.double()
+        deviation = float(scores.std(correction=0))
+        self._store_normalisation(float(scores.mean()), deviation if deviation > 0 else 1.0)
+
+    def _store_normalisation(self, mean: float, deviation: float) -> None:
+        self.reward_mean, self.reward_std = mean, deviation
+        self.config.reward_mean, self.config.reward_std = mean, deviation
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write safetensors and configuration in the layout of ``AutoModelForSequenceClassification``."""
+        self.network.save_pretrained(folder)
+
+
+class ValueModel(nn.Module):
+    """A value per token on a trunk of its own: ``values[t] = head(h[t − 1]) − shift``, float32, token-aligned.
+
+    Args:
+        trunk: A decoder of transformers without output layer.
+        head: Linear map from the width to 1, in float32.
+        shift: Subtracted from every value: the reward model's mean, when scores are shifted by it too.
+        scale: Divides every value: the reward model's deviation, when scores are divided by it too.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, head: nn.Linear, *, shift: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+
+    @classmethod
+    def from_reward(
+        cls,
+        source: str,
+        *,
+        dtype: str = "float32",
+        normalisation: Normalisation = "shift",
+        keep_head: bool = True,
+    ) -> "ValueModel":
+        """Trunk and head of a reward model, its normalisation included; a zero head unless ``keep_head``."""
+        reward = RewardModel.from_pretrained(source, dtype=dtype)
+        trunk = reward.network.base_model
+        assert isinstance(trunk, PreTrainedModel)
+        if not keep_head:
+            return cls(trunk, _zero_head(reward.head.in_features))
+        shift = 0.0 if normalisation == "none" else reward.reward_mean
+        scale = reward.reward_std if normalisation == "full" else 1.0
+        return cls(trunk, reward.head, shift=shift, scale=scale)
+
+    @classmethod
+    def from_policy(
+        cls, source: str, *, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
+    ) -> "ValueModel":
+        """Trunk of a language model under a zero head: every value starts at 0."""
+        policy = load_causal_lm(source, tokenizer=tokenizer, dtype=dtype)
+        return cls(policy.get_decoder(), _zero_head(policy.config.get_text_config().hidden_size))
+
+    def _state_values(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None, document_ids: Tensor | None
+    ) -> Tensor:
+        inputs = attention_inputs(self.trunk.config, attention_mask, position_ids, document_ids, dtype=self.trunk.dtype)
+        states = self.trunk(input_ids=input_ids, **inputs).last_hidden_state
+        return (_apply_head(self.head, states) - self.shift) / self.scale
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Values ``[B, T]`` of the states before each token; 0 on padding and on first tokens."""
+        states = self._state_values(input_ids, attention_mask, position_ids, document_ids)
+        return torch.where(predictable_tokens(attention_mask, document_ids), F.pad(states[:, :-1], (1, 0)), 0.0)
+
+    def last_value(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Value ``[B]`` of the state after the last real token, to bootstrap truncated sequences."""
+        states = self._state_values(input_ids, attention_mask, None, None)
+        index = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.where(attention_mask.bool(), index, 0).amax(1)
+        return states.gather(1, last[:, None])[:, 0]
+
+
+def _load_classifier(source: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str) -> Loaded:
+    changes = {"num_labels": 1, "problem_type": "regression"}
+    return load_network(
+        AutoModelForSequenceClassification, source, tokenizer=tokenizer, dtype=dtype, config_changes=changes
+    )
+
+
+def _incomplete(source: str, loaded: Loaded) -> UserError:
+    missing = sorted(loaded.missing - {HEAD})
+    return UserError(
+        f"{source} does not hold the trunk of a {type(loaded.network).__name__}: {len(missing)} weights are missing, "
+        f"first {missing[0]}"
+    )
+
+
+def _score_head(network: PreTrainedModel) -> nn.Linear:
+    head = dict(network.named_children()).get("score")
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(f"{type(network).__name__} has no linear score head with one output")
+    # the head computes in float32 whatever the trunk's dtype; a float64 one stays
+    return head.to(torch.promote_types(head.weight.dtype, torch.float32))
+
+
+def _zero_head(width: int) -> nn.Linear:
+    head = nn.Linear(width, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def _apply_head(head: nn.Linear, states: Tensor) -> Tensor:
+    """Head of states ``[…, H]`` to ``[…]`` in the head's dtype, autocast or not."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype))[..., 0]
+
+
+def _stored_normalisation(config: PretrainedConfig) -> tuple[float, float]:
+    fields = config.to_dict()
+    return float(fields.get("reward_mean", 0.0)), float(fields.get("reward_std", 1.0))

@@ -1,0 +1,146 @@
+"""What a transformers model is told about padding and packing: positions, masks, sliding windows.
+
+A 2-D mask with positions serves padded rows. Packed rows take additive 4-D masks of the model's dtype: boolean ones are
+silently wrong under eager attention, and positions alone leak across documents.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+MASKABLE_ATTENTION = ("eager", "sdpa")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """``cumsum(mask) − 1`` clamped at 0: positions ``[B, T]`` that do not depend on the side or amount of padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def predictable_tokens(attention_mask: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """Tokens ``[B, T]`` that have a predecessor in their own document, so that the state before them exists."""
+    real = attention_mask.bool()
+    result = torch.zeros_like(real)
+    result[:, 1:] = real[:, 1:] & real[:, :-1]
+    if document_ids is not None:
+        result[:, 1:] &= document_ids[:, 1:] == document_ids[:, :-1]
+    return result
+
+
+def attention_inputs(
+    model_config: PretrainedConfig,
+    attention_mask: Tensor,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Keyword arguments of a model call: ``attention_mask``, ``position_ids``, and no cache.
+
+    Args:
+        model_config: Says which layers attend within a window.
+        attention_mask: ``[B, T]``, true for real tokens.
+        position_ids: ``[B, T]``; by default counted from the mask, restarting with every document.
+        document_ids: ``[B, T]``, −1 for padding; None, or at most document 0 in every row, means unpacked.
+        dtype: Of the model's activations, for the additive mask.
+
+    Raises:
+        ValueError: If packed rows meet an attention other than full or sliding-window.
+    """
+    packed = document_ids is not None and bool((document_ids > 0).any())
+    if not packed:
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask)
+        return {"attention_mask": attention_mask.bool(), "position_ids": position_ids, "use_cache": False}
+    assert document_ids is not None
+    if position_ids is None:
+        position_ids = _positions_in_documents(document_ids)
+    config = model_config.get_text_config()
+    visible = _same_document(attention_mask, document_ids)
+    masks = {
+        kind: _additive(
+            _within_window(visible, position_ids, config.sliding_window) if kind == SLIDING else visible, dtype
+        )
+        for kind in _attention_kinds(config)
+    }
+    mask: Tensor | dict[str, Tensor] = masks if len(masks) > 1 else next(iter(masks.values()))
+    return {"attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+
+
+def _attention_kinds(config: PretrainedConfig) -> list[str]:
+    """The kinds of attention among the layers; without ``layer_types`` a window means that all layers have it."""
+    fields = config.to_dict()
+    kinds = sorted(set(fields.get("layer_types") or ())) or [SLIDING if fields.get("sliding_window") else FULL]
+    if not set(kinds) <= {FULL, SLIDING}:
+        raise ValueError(f"packed rows need full or sliding-window attention, this model has {', '.join(kinds)}")
+    return kinds
+
+
+def _positions_in_documents(document_ids: Tensor) -> Tensor:
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def _same_document(attention_mask: Tensor, document_ids: Tensor) -> Tensor:
+    """Which keys a query sees ``[B, T, T]``: earlier real tokens of its document. Padding sees itself, not nothing."""
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    visible = (document_ids[:, :, None] == document_ids[:, None, :]) & attention_mask.bool()[:, None, :] & causal
+    return visible | torch.eye(length, dtype=torch.bool, device=document_ids.device)
+
+
+def _within_window(visible: Tensor, position_ids: Tensor, window: int) -> Tensor:
+    return visible & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zero, torch.finfo(dtype).min)[:, None]
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; every submodule gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel) -> bool:
+    """Whether documents packed into one row get the same hidden states as alone, tried on random tokens."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in MASKABLE_ATTENTION:
+        return False
+    try:
+        _attention_kinds(config)
+    except ValueError:
+        return False
+    decoder = model.get_decoder()
+    parameter = next(decoder.parameters())
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 9, 3)
+    ids = torch.randint(0, config.vocab_size, (1, sum(lengths)), generator=generator).to(parameter.device)
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(parameter.device)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    with evaluation_mode(model):
+        inputs = attention_inputs(config, real, document_ids=documents, dtype=parameter.dtype)
+        packed = decoder(input_ids=ids, **inputs).last_hidden_state.split(lengths, dim=1)
+        for part, states in zip(ids.split(lengths, dim=1), packed, strict=True):
+            inputs = attention_inputs(config, torch.ones_like(part, dtype=torch.bool))
+            alone = decoder(input_ids=part, **inputs).last_hidden_state
+            limit = TOLERANCE[parameter.dtype] * (1 + alone.abs().max())
+            if not bool((states - alone).abs().max() <= limit):
+                return False
+    return True

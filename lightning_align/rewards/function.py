@@ -1,0 +1,197 @@
+"""Rewards that are Python functions, TRL's signature: ``f(prompts, completions, **columns) -> list[float | None]``."""
+
+import importlib
+import importlib.util
+import inspect
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_align.errors import UserError
+from lightning_align.rewards.base import Prompt
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class FunctionReward:
+    """Calls a function once a batch; where it raises, once a sequence, and leaves out those that raise again.
+
+    The function is called by keyword and gets what it asks for: ``prompts``, ``completions``, ``finished`` and any
+    column of the records; all of them if it takes ``**kwargs``. As in TRL, the completion of a conversational prompt is
+    a list of one assistant message. ``None`` or NaN means "does not apply".
+
+    Args:
+        function: The function.
+        name: What messages call it.
+    """
+
+    def __init__(self, function: RewardFunction, name: str) -> None:
+        if inspect.iscoroutinefunction(function):
+            raise UserError(f"reward {name} is a coroutine function: give a plain one")
+        self.function = function
+        self.name = name
+        self.num_failed = 0  # sequences left without a score because the function failed on them
+        self.num_scored = 0
+        self._parameters = list(inspect.signature(function).parameters.values())
+
+    def to(self, device: torch.device) -> None:
+        """A function has no device."""
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        *,
+        finished: Sequence[bool],
+        records: Sequence[Mapping[str, Any]],
+    ) -> Tensor:
+        """One score per completion ``[B]``; raises :class:`UserError` if the function fails on every one of them."""
+        columns = self._arguments(prompts, completions, finished, records)
+        total = len(completions)
+        try:
+            values = self._call(columns, total)
+        except UserError:
+            raise  # the function keeps no contract at all: calling it again cannot help
+        except Exception as error:  # a user's function may raise anything, and must not cost the other sequences
+            values = self._one_by_one(columns, total, error)
+        self.num_scored += sum(not math.isnan(value) for value in values)
+        return torch.tensor(values, dtype=torch.float32)
+
+    def _one_by_one(self, columns: Mapping[str, Sequence[Any]], total: int, cause: Exception) -> list[float]:
+        values, failed = [], 0
+        for index in range(total):
+            try:
+                values += self._call({name: column[index : index + 1] for name, column in columns.items()}, 1)
+            except UserError:
+                raise
+            except Exception as error:
+                values.append(math.nan)
+                failed, cause = failed + 1, error
+        # one bad sequence in a batch of one says little; a function that never worked is broken
+        if failed == total and (total > 1 or self.num_scored == 0):
+            raise UserError(
+                f"reward {self.name} failed on all {total} completions of a batch: {type(cause).__name__}: {cause}"
+            ) from cause
+        if failed:
+            self._note_failures(failed, f"{type(cause).__name__}: {cause}")
+        return values
+
+    def _note_failures(self, failed: int, reason: str) -> None:
+        if self.num_failed == 0:
+            _LOGGER.warning(
+                "reward %s failed on %d completions (%s): they get no score from it; later cases are only counted",
+                self.name,
+                failed,
+                reason,
+            )
+        self.num_failed += failed
+
+    def _call(self, columns: Mapping[str, Sequence[Any]], total: int) -> list[float]:
+        """Call the function and check what it returned."""
+        result = self.function(**{name: list(column) for name, column in columns.items()})
+        if isinstance(result, Tensor | np.ndarray):
+            result = result.tolist()
+        if not isinstance(result, Sequence) or isinstance(result, str):
+            raise UserError(f"reward {self.name} returned {type(result).__name__}: it must return a list of numbers")
+        if len(result) != total:
+            raise UserError(
+                f"reward {self.name} returned {len(result)} scores for {total} completions: one each is needed"
+            )
+        values = []
+        for value in result:
+            if value is not None and not isinstance(value, Real):
+                raise UserError(f"reward {self.name} returned {value!r} as a score: it must be a number or None")
+            values.append(math.nan if value is None else float(value))
+        infinite = [index for index, value in enumerate(values) if math.isinf(value)]
+        if infinite:
+            self._note_failures(len(infinite), "it returned an infinite score")
+        return [math.nan if math.isinf(value) else value for value in values]
+
+    def _arguments(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[str],
+        finished: Sequence[bool],
+        records: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Sequence[Any]]:
+        names = dict.fromkeys(name for record in records for name in record)
+        available: dict[str, Sequence[Any]] = {"finished": finished}
+        available |= {name: [record.get(name) for record in records] for name in names}
+        available["prompts"] = prompts
+        available["completions"] = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
+            available.pop("prompt", None)  # it is passed as `prompts`, as TRL does
+            return available
+        for parameter in self._parameters:
+            if parameter.default is parameter.empty and parameter.name not in available:
+                columns = ", ".join(sorted(available))
+                raise UserError(
+                    f"reward {self.name} asks for {parameter.name!r}, which the records lack; there is: {columns}"
+                )
+        wanted = {parameter.name for parameter in self._parameters}
+        return {name: values for name, values in available.items() if name in wanted}
+
+
+def load_function(spec: str) -> RewardFunction:
+    """The function at ``package.module.function`` or ``path/to/file.py:function``.
+
+    Raises:
+        UserError: Nothing there can be imported, or it is not callable.
+    """
+    if ".py:" in spec:
+        location, _, name = spec.rpartition(":")
+        module = _module_from_file(Path(location), spec)
+    else:
+        location, _, name = spec.rpartition(".")
+        module = _module_by_name(location, spec)
+    if name not in vars(module):
+        near = ", ".join(
+            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
+        )
+        raise UserError(f"reward {spec}: {location} has no {name!r}; its functions are: {near or 'none'}")
+    function = vars(module)[name]
+    if not callable(function):
+        raise UserError(f"reward {spec} is {type(function).__name__}, not a function")
+    return function
+
+
+def _module_by_name(name: str, spec: str) -> Any:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        # console scripts do not look where the user stands; at the end, so that nothing installed is hidden
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"reward {spec} cannot be imported: {error}; it is neither an importable function nor a path that exists"
+        ) from error
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise UserError(f"reward {spec}: importing {name} failed: {type(error).__name__}: {error}") from error
+
+
+def _module_from_file(path: Path, spec: str) -> Any:
+    if not path.is_file():
+        raise UserError(f"reward {spec}: there is no file {path}")
+    found = importlib.util.spec_from_file_location(f"lightning_align_reward_{path.stem}", path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything while it runs
+        raise UserError(f"reward {spec}: running {path} failed: {type(error).__name__}: {error}") from error
+    return module

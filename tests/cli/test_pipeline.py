@@ -1,0 +1,170 @@
+"""Pipelines: order, references, skipping, resuming; the stages' processes are replaced by a recorder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_align.cli import pipeline
+from lightning_align.errors import UserError
+
+FILE = """
+name: demo
+defaults: {seed_everything: 0}
+stages:
+  pretrain: {config: stage.yaml}
+  sft:
+    config: stage.yaml
+    model: {model: "${pretrain.model}"}
+  ppo:
+    config: stage.yaml
+    model.model: ${sft.model}
+    model.reward: {gold: {source: playground, weight: 1.0}}
+  picture: {lab: overopt, run: "${ppo.run}", out: "${pipeline.run}"}
+"""
+
+
+class Recorder:
+    """Stands in for the stages' processes: writes what a stage would leave, and remembers the command lines."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.outcome: dict[str, int] = {}
+        self.runs = 0
+
+    def __call__(self, command: list[str]) -> int:
+        words = command[3:]
+        self.commands.append(words)
+        if words[0] != "fit":
+            return self.outcome.get(words[0], 0)
+        folder = Path(words[words.index("--run.root") + 1]) / words[words.index("--run.name") + 1]
+        folder.mkdir(parents=True, exist_ok=True)
+        code = self.outcome.get(folder.name, 0)
+        self.runs += 1
+        status = {"status": "finished" if code == 0 else "interrupted", "created": "t", "updated": str(self.runs)}
+        (folder / "run.json").write_text(json.dumps(status))
+        return code
+
+    def stages(self) -> list[str]:
+        names = [words[words.index("--run.name") + 1] if words[0] == "fit" else "picture" for words in self.commands]
+        self.commands.clear()
+        return names
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.yaml").write_text(FILE)
+    (tmp_path / "stage.yaml").write_text("trainer: {max_steps: 3}\ndata: {init_args: {path: data.txt}}\n")
+    (tmp_path / "data.txt").write_text("hello")
+    recorder = Recorder()
+    monkeypatch.setattr(pipeline, "run_child", recorder)
+    return recorder
+
+
+ARGS = ["--config", "p.yaml"]
+ALL = ["pretrain", "sft", "ppo", "picture"]
+
+
+def test_commands_of_the_stages(recorder: Recorder) -> None:
+    assert pipeline.main(ARGS) == 0
+    pretrain, sft, ppo, picture = recorder.commands
+    assert pretrain == [
+        "fit",
+        "--config",
+        "stage.yaml",
+        "--run.root",
+        "runs/demo",
+        "--run.name",
+        "pretrain",
+        "--seed_everything=0",
+    ]
+    assert sft[-2:] == ["--seed_everything=0", "--model.model=runs/demo/pretrain"]
+    assert ppo[-2:] == [
+        "--model.model=runs/demo/sft",
+        '--model.reward={"gold": {"source": "playground", "weight": 1.0}}',
+    ]
+    assert picture == ["lab", "overopt", "runs/demo/ppo", "--out=runs/demo"]
+
+
+def test_finished_stages_are_skipped_until_an_input_changes(recorder: Recorder) -> None:
+    pipeline.main(ARGS)
+    assert recorder.stages() == ALL
+    pipeline.main(ARGS)
+    assert recorder.stages() == []
+    Path("data.txt").write_text("changed")  # every stage reads it
+    pipeline.main(ARGS)
+    assert recorder.stages() == ALL
+    pipeline.main([*ARGS, "--set", "sft.trainer.max_steps=5"])
+    assert recorder.stages() == ["sft", "ppo", "picture"]
+
+
+def test_changed_stage_overwrites_and_interrupted_stage_resumes(recorder: Recorder) -> None:
+    recorder.outcome["sft"] = 130
+    assert pipeline.main(ARGS) == 130
+    assert recorder.stages() == ["pretrain", "sft"]
+    recorder.outcome.clear()
+    assert pipeline.main(ARGS) == 0
+    assert recorder.commands[0][-1] == "--resume"
+    assert recorder.stages() == ["sft", "ppo", "picture"]
+    pipeline.main([*ARGS, "--seed_everything", "1"])
+    assert recorder.commands[0][-2:] == ["--seed_everything=1", "--overwrite"]
+    assert recorder.stages() == ALL
+
+
+def test_failure_stops_with_its_code(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder.outcome["sft"] = 2
+    assert pipeline.main(ARGS) == 2
+    assert recorder.stages() == ["pretrain", "sft"]
+    assert "stage 'sft' failed with exit code 2" in capsys.readouterr().err
+
+
+def test_from_only_and_dry_run(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main([*ARGS, "--dry-run"]) == 0
+    assert recorder.stages() == []
+    assert not Path("runs").exists()
+    assert "--model.model=runs/demo/pretrain" in capsys.readouterr().out
+    pipeline.main(ARGS)
+    recorder.stages()
+    pipeline.main([*ARGS, "--from", "ppo"])
+    assert recorder.stages() == ["ppo", "picture"]
+    pipeline.main([*ARGS, "--only", "sft"])
+    assert recorder.stages() == ["sft"]
+    pipeline.main(ARGS)  # sft is another run now, so what reads it is stale
+    assert recorder.stages() == ["ppo", "picture"]
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        ("stages: {a: {config: none.yaml}}", [], "config file none.yaml does not exist"),
+        ("stages: {a: {x: 1}}", [], "needs either 'config'"),
+        (
+            "stages: {a: {config: stage.yaml, m: '${b.model}'}, b: {config: stage.yaml}}",
+            [],
+            "refers to 'b', which is not an earlier",
+        ),
+        ("stages: {a: {config: stage.yaml, m: '${a.weights}'}}", [], r"use \$\{a.model\}"),
+        ("stages: {a: {lab: overopt}}", [], "needs 'run'"),
+        ("stage: {a: {config: stage.yaml}}", [], "needs a mapping 'stages'"),
+        ("stages: {a: {config: stage.yaml}}\nnam: x", [], "did you mean 'name'"),
+        ("stages: [", [], "cannot read the pipeline file"),
+        (FILE, ["--from", "sftt"], "no stage 'sftt'; did you mean 'sft'"),
+        (FILE, ["--set", "sft=1"], "expected STAGE.OPTION=VALUE"),
+        (FILE, ["--set", "rm.model.x=1"], "no stage 'rm'"),
+        (FILE, ["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_bad_pipelines_are_refused_before_anything_runs(
+    recorder: Recorder, content: str, arguments: list[str], message: str
+) -> None:
+    Path("p.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        pipeline.main([*ARGS, *arguments])
+    assert recorder.stages() == []
+    assert not Path("runs").exists()
+
+
+def test_missing_pipeline_file(recorder: Recorder) -> None:
+    with pytest.raises(UserError, match=r"pipeline file none.yaml does not exist"):
+        pipeline.main(["--config", "none.yaml"])

@@ -1,0 +1,288 @@
+"""The library against the golden vectors: float64 to 1e-10, padded by 3 columns, and in float32 to 1e-5."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_align.losses.advantages import gae, gae_packed, shaped_rewards
+from lightning_align.losses.kl import KL_ESTIMATORS, kl_estimate, sequence_kl
+from lightning_align.losses.kl_control import AdaptiveKL
+from lightning_align.losses.masked import REDUCTIONS, masked_mean, masked_whiten
+from lightning_align.losses.policy import ppo_policy_loss
+from lightning_align.losses.reward_metrics import accuracy, expected_calibration_error
+from lightning_align.losses.reward_model import preference_loss
+from lightning_align.losses.value import value_loss
+
+FOLDER = Path(__file__).parent
+CASES: dict[str, Any] = json.loads((FOLDER / "golden.json").read_text())["cases"]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+GARBAGE = 7.7e4  # what stands in padding: large enough that a leak cannot hide
+
+
+def golden(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    return CASES[case]["inputs"], CASES[case]["outputs"]
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[(0, 0), (3, 0), (0, 3), (1, 2)], ids=["plain", "pad_left_3", "pad_right_3", "pad_both"])
+def padding(request: pytest.FixtureRequest) -> tuple[int, int]:
+    return request.param
+
+
+class Layout:
+    """Turns a case's rows into tensors of one dtype with garbage columns around them, and back."""
+
+    def __init__(self, dtype: torch.dtype, padding: tuple[int, int]) -> None:
+        self.dtype, self.padding = dtype, padding
+
+    def values(self, rows: list[Any]) -> Tensor:
+        return torch.nn.functional.pad(torch.tensor(rows, dtype=self.dtype), self.padding, value=GARBAGE)
+
+    def mask(self, rows: list[Any]) -> Tensor:
+        return torch.nn.functional.pad(torch.tensor(rows), self.padding, value=0).bool()
+
+    def check(self, actual: Tensor, expected: list[Any]) -> None:
+        left, right = self.padding
+        inner = actual[:, left : actual.shape[1] - right]
+        assert_golden(inner, expected, self.dtype)
+        assert not actual[:, :left].any()
+        assert not actual[:, actual.shape[1] - right :].any()
+
+
+@pytest.fixture
+def layout(dtype: torch.dtype, padding: tuple[int, int]) -> Layout:
+    return Layout(dtype, padding)
+
+
+def assert_golden(actual: Tensor, expected: Any, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    wanted = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def ratio(metric: tuple[Tensor, Tensor]) -> Tensor:
+    return metric[0].double() / metric[1].double()
+
+
+# ------------------------------------------------------------------ the file itself
+def test_gold_1_every_case_is_used_or_listed() -> None:
+    listed = set((FOLDER / "unused.txt").read_text().split())
+    sources = [path.read_text() for path in FOLDER.parent.rglob("test_*.py")]
+    used = {
+        name
+        for name in CASES
+        if any(re.search(rf"""(?i:golden|cases?)\w*\W+["']{name}["']""", text) for text in sources)
+    }
+    assert listed <= set(CASES), f"unused.txt names cases that do not exist: {sorted(listed - set(CASES))}"
+    assert not used & listed, f"now used, take them off unused.txt: {sorted(used & listed)}"
+    assert used | listed == set(CASES), f"no test reads these cases: {sorted(set(CASES) - used - listed)}"
+
+
+def test_gold_2_the_file_is_what_the_script_writes(tmp_path: Path) -> None:
+    shutil.copy(FOLDER / "golden.py", tmp_path)
+    done = subprocess.run([sys.executable, "golden.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert_same(json.loads((tmp_path / "golden.json").read_text()), json.loads((FOLDER / "golden.json").read_text()))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, float):
+        assert math.isclose(a, b, rel_tol=1e-12, abs_tol=1e-300)
+    else:
+        assert a == b
+
+
+# ------------------------------------------------------------------ section 1
+def test_gold_3_kl_estimators(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("kl")
+    labels = torch.tensor(inputs["labels"])[:, None]
+    logp, ref_logp = (
+        torch.tensor(inputs[key], dtype=torch.float64).log_softmax(-1).gather(1, labels)[:, 0].to(dtype)
+        for key in ("logits", "ref_logits")
+    )
+    for name in KL_ESTIMATORS:
+        assert_golden(kl_estimate(logp, ref_logp, name), outputs[name], dtype)
+
+
+@pytest.mark.parametrize("how", list(REDUCTIONS))
+def test_gold_3_reductions(layout: Layout, how: str) -> None:
+    inputs, outputs = golden("reductions")
+    loss, mask = layout.values(inputs["loss"]), layout.mask(inputs["mask"])
+    options = {"length": inputs["length"]} if how == "constant" else {}
+    assert_golden(REDUCTIONS[how](loss, mask, **options), outputs[how], layout.dtype)
+
+
+def test_gold_3_masked_whiten(layout: Layout) -> None:
+    inputs, outputs = golden("masked_whiten")
+    values, mask = layout.values(inputs["values"]), layout.mask(inputs["mask"])
+    layout.check(masked_whiten(values, mask), outputs["default"])
+    layout.check(masked_whiten(values, mask, shift_mean=False), outputs["no_shift"])
+    layout.check(masked_whiten(values, mask, unbiased=True), outputs["unbiased"])
+
+
+# ------------------------------------------------------------------ section 6
+def test_gold_3_gae(layout: Layout) -> None:
+    inputs, outputs = golden("gae")
+    rewards, values = layout.values(inputs["rewards"]), layout.values(inputs["values"])
+    second = {"gamma": inputs["gamma2"], "lam": inputs["lam2"]}
+    variants = {
+        "": ("mask", {"gamma": inputs["gamma"], "lam": inputs["lam"]}),
+        "bootstrap_": ("mask", second | {"bootstrap": torch.tensor(inputs["bootstrap"], dtype=layout.dtype)}),
+        "interior_": ("interior_mask", second),
+        "dones_": ("mask", second | {"dones": layout.mask(inputs["dones"])}),
+    }
+    for prefix, (mask, options) in variants.items():
+        advantages, returns = gae(rewards, values, layout.mask(inputs[mask]), **options)
+        layout.check(advantages, outputs[prefix + "advantages"])
+        layout.check(returns, outputs[prefix + "returns"])
+
+
+def test_gold_3_gae_packed(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("gae_packed")
+    rewards, values = (torch.tensor(inputs[key], dtype=dtype) for key in ("rewards", "values"))
+    advantages, returns = gae_packed(
+        rewards, values, torch.tensor(inputs["cu_seqlens"]), gamma=inputs["gamma"], lam=inputs["lam"]
+    )
+    assert_golden(advantages, outputs["advantages"], dtype)
+    assert_golden(returns, outputs["returns"], dtype)
+
+
+def test_gold_3_shaped_reward(layout: Layout) -> None:
+    inputs, outputs = golden("shaped_reward")
+    mask = layout.mask(inputs["mask"])
+    kl = kl_estimate(layout.values(inputs["logp"]), layout.values(inputs["ref_logp"]))
+    scores = torch.tensor(inputs["scores"], dtype=layout.dtype)
+    layout.check(shaped_rewards(kl, mask, scores, kl_coef=inputs["beta"]), outputs["rewards"])
+    assert_golden(sequence_kl(kl, mask), outputs["kl_sum"], layout.dtype)
+
+
+def test_gold_3_ppo_loss(layout: Layout) -> None:
+    inputs, outputs = golden("ppo_loss")
+    tensors = [layout.values(inputs[key]) for key in ("logp", "old_logp", "advantages")]
+    mask, clip = layout.mask(inputs["mask"]), inputs["clip"]
+    loss, metrics = ppo_policy_loss(*tensors, mask, cliprange=clip)
+    assert_golden(loss, outputs["loss"], layout.dtype)
+    assert_golden(ratio(metrics["policy/clipfrac_avg"]).to(layout.dtype), outputs["clipfrac"], layout.dtype)
+    assert_golden(ratio(metrics["policy/approxkl_avg"]).to(layout.dtype), outputs["approx_kl"], layout.dtype)
+    assert_golden(ratio(metrics["loss/policy_avg"]).to(layout.dtype), outputs["loss"], layout.dtype)
+    dual, _ = ppo_policy_loss(*tensors, mask, cliprange=clip, dual_clip=inputs["dual_clip"])
+    assert_golden(dual, outputs["loss_dual"], layout.dtype)
+    higher, _ = ppo_policy_loss(*tensors, mask, cliprange=clip, cliprange_high=inputs["clip_high"])
+    assert_golden(higher, outputs["loss_clip_higher"], layout.dtype)
+
+
+def test_gold_3_value_loss(layout: Layout) -> None:
+    inputs, outputs = golden("value_loss")
+    values, old_values = layout.values(inputs["values"]), layout.values(inputs["old_values"])
+    returns, mask = layout.values(inputs["returns"]), layout.mask(inputs["mask"])
+    loss, metrics = value_loss(values, old_values, returns, mask, cliprange_value=inputs["clip"])
+    assert_golden(loss, outputs["loss"], layout.dtype)
+    assert_golden(ratio(metrics["val/clipfrac_avg"]).to(layout.dtype), outputs["clipfrac"], layout.dtype)
+
+
+def test_gold_3_ppo_10_kl_controller() -> None:
+    inputs, outputs = golden("kl_controller")
+    controller = AdaptiveKL(inputs["init"], target=inputs["target"], horizon=inputs["horizon"])
+    for kl, expected in zip(inputs["kl"], outputs["beta"], strict=True):
+        controller.update(kl, inputs["n_steps"])
+        assert math.isclose(controller.value, expected, rel_tol=1e-12)
+
+
+# ------------------------------------------------------------------ section 4
+def test_gold_3_bt(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("bt")
+    chosen, rejected = inputs["chosen"], inputs["rejected"]
+    count = len(chosen)
+    # responses of a batch stand interleaved, with rows in between that belong to no pair
+    scores = torch.full((3 * count,), GARBAGE, dtype=dtype)
+    first, second = torch.arange(count) * 3, torch.arange(count) * 3 + 1
+    scores[first] = torch.tensor(chosen, dtype=dtype)
+    scores[second] = torch.tensor(rejected, dtype=dtype)
+
+    def column(key: str) -> Tensor:
+        return torch.tensor(inputs[key], dtype=dtype)
+
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "small": {"margin": column("margin_small")},
+        "large": {"margin": column("margin_large")},
+        "smoothed": {"label_smoothing": inputs["label_smoothing"]},
+        "centred": {"center_coef": inputs["center"]},
+        "soft": {"label": column("soft")},
+        "weighted": {"weight": column("weight")},
+    }
+    for name, options in variants.items():
+        total, metrics = preference_loss(scores, first, second, **options)
+        assert_golden(total / metrics["loss"][1], outputs[name], dtype)
+        assert_golden(ratio(metrics["loss"]).to(dtype), outputs[name], dtype)
+
+
+def test_gold_3_kwise(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("kwise")
+    scores, first, second, weight = [], [], [], []
+    for group, ranks in zip(inputs["scores"], inputs["ranks"], strict=True):
+        pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+        first += [len(scores) + i for i, _ in pairs]
+        second += [len(scores) + j for _, j in pairs]
+        weight += [1 / len(pairs)] * len(pairs)
+        scores += group
+    total, metrics = preference_loss(
+        torch.tensor(scores, dtype=dtype),
+        torch.tensor(first),
+        torch.tensor(second),
+        weight=torch.tensor(weight, dtype=dtype),
+    )
+    assert_golden(metrics["loss"][1], float(len(inputs["scores"])), dtype)
+    assert_golden(total / len(inputs["scores"]), outputs["loss"], dtype)
+
+
+def test_gold_3_ece() -> None:
+    inputs, outputs = golden("ece")
+    delta = torch.tensor(inputs["deltas"], dtype=torch.float64)
+    assert math.isclose(expected_calibration_error(delta), outputs["ece"], rel_tol=1e-10)
+    assert math.isclose(accuracy(delta), outputs["accuracy"], rel_tol=1e-10)
+    assert math.isclose(expected_calibration_error(delta.float()), outputs["ece"], rel_tol=1e-5)
+
+
+def test_gold_3_whitened_advantages_feed_the_loss_unchanged_by_padding(layout: Layout) -> None:
+    """The chain of an iteration on the golden tensors: padding by 3 changes none of its numbers."""
+    shaping, _ = golden("shaped_reward")
+    estimates, _ = golden("gae")
+    mask = layout.mask(shaping["mask"])
+    kl = kl_estimate(layout.values(shaping["logp"]), layout.values(shaping["ref_logp"]))
+    rewards = shaped_rewards(kl, mask, torch.tensor(shaping["scores"], dtype=layout.dtype), kl_coef=shaping["beta"])
+    advantages, returns = gae(rewards, layout.values(estimates["values"]), mask)
+    white = masked_whiten(advantages, mask)
+    plain = Layout(torch.float64, (0, 0))
+    kl = kl_estimate(plain.values(shaping["logp"]), plain.values(shaping["ref_logp"]))
+    rewards = shaped_rewards(
+        kl, plain.mask(shaping["mask"]), torch.tensor(shaping["scores"], dtype=torch.float64), kl_coef=shaping["beta"]
+    )
+    expected, targets = gae(rewards, plain.values(estimates["values"]), plain.mask(shaping["mask"]))
+    layout.check(returns, targets.tolist())
+    layout.check(white, masked_whiten(expected, plain.mask(shaping["mask"])).tolist())
+    torch.testing.assert_close(
+        masked_mean(white, mask).double(), torch.zeros((), dtype=torch.float64), atol=1e-6, rtol=0
+    )

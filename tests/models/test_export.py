@@ -1,0 +1,57 @@
+"""Exports are whole or not there."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from lightning_align.models.export import save_model
+from lightning_align.models.tokenizer_training import train_tokenizer
+
+Make = Callable[..., PreTrainedModel]
+TOKENIZER = train_tokenizer([" ".join(f"w{index}" for index in range(30))], vocab_size=41, algorithm="words")
+
+
+def test_an_export_loads_with_equal_logits(any_model: PreTrainedModel, tmp_path: Path) -> None:
+    save_model(any_model, TOKENIZER, tmp_path / "deep" / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "model", attn_implementation="eager")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, any_model(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "deep" / "model")
+    assert tokenizer.chat_template == TOKENIZER.chat_template
+    names = {path.name for path in (tmp_path / "deep" / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pkl"))}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
+
+
+def test_generation_settings(make: Make, tmp_path: Path) -> None:
+    model = make("llama")
+    model.generation_config = GenerationConfig(temperature=0.6, eos_token_id=[1, 5])
+    save_model(model, TOKENIZER, tmp_path / "model")
+    saved = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert saved.eos_token_id == [1, 5]
+    assert saved.pad_token_id == TOKENIZER.pad_token_id
+    assert saved.temperature == 0.6
+
+
+def test_an_export_replaces_an_earlier_one_whole(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "stale.txt").write_text("")
+    save_model(make("llama"), TOKENIZER, tmp_path / "model")
+    assert not (tmp_path / "model" / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_export_leaves_the_earlier_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(make("llama"), TOKENIZER, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    other = make("qwen2")
+    monkeypatch.setattr(other, "save_pretrained", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_model(other, TOKENIZER, tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,0 +1,110 @@
+"""The run directory: nothing is overwritten by accident, nothing written too early."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_align.errors import UserError
+from lightning_align.run.directory import RunDirectory, find_parents, read_status, write_atomically
+
+
+def opened(root: Path, name: str = "a", *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
+    run = RunDirectory(root, name, resume=resume, overwrite=overwrite)
+    run.check()
+    run.open("x: 1\n", seed=3, parents=[])
+    return run
+
+
+def test_new_run_writes_only_when_opened(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs", "a")
+    run.check()
+    assert not (tmp_path / "runs").exists()
+    run.open("x: 1\n", seed=3, parents=[])
+    status = read_status(run.path)
+    assert (run.path / "config.yaml").read_text() == "x: 1\n"
+    assert status["status"] == "running"
+    assert status["seed"] == 3
+    assert {"python", "torch", "lightning", "transformers"} <= set(status["versions"])
+    assert status["hardware"]["memory_bytes"] > 0
+    assert run.opened
+
+
+def test_existing_run_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.raises(UserError, match=r"exists: give --resume, --overwrite"):
+        RunDirectory(tmp_path, "a").check()
+
+
+def test_overwrite_deletes_only_runs(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    (run.path / "old.txt").write_text("old")
+    opened(tmp_path, overwrite=True)
+    assert not (run.path / "old.txt").exists()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run directory"):
+        RunDirectory(tmp_path, "thesis", overwrite=True).check()
+
+
+def test_resume_keeps_history(tmp_path: Path) -> None:
+    run = opened(tmp_path)
+    created = read_status(run.path)["created"]
+    run.update(status="interrupted", step=4)
+    again = opened(tmp_path, resume=True)
+    again.update(step=6)
+    status = read_status(again.path)
+    assert status["created"] == created
+    assert status["resumed"] == 1
+    assert status["durations"]["total_seconds"] >= status["durations"]["session_seconds"]
+    opened(tmp_path, resume=True)
+    assert read_status(again.path)["resumed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("none", {"resume": True}, "nothing to resume"),
+        ("none", {"resume": True, "overwrite": True}, "contradict"),
+        ("", {}, "run.name"),
+        ("..", {}, "run.name"),
+        ("/tmp/x", {}, "run.name"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path: Path, name: str, options: dict[str, bool], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunDirectory(tmp_path, name, **options).check()
+
+
+def test_unwritable_root_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="is not a folder"):
+        RunDirectory(tmp_path / "file", "a").check()
+    with pytest.raises(UserError, match="is not a folder"):
+        RunDirectory(tmp_path / "file" / "deeper", "a").check()
+
+
+def test_status_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_atomically(path, "{}")
+    write_atomically(path, '{"a": 1}')
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    path.write_text('{"a": ')
+    with pytest.raises(UserError, match="damaged"):
+        read_status(tmp_path)
+
+
+def test_parents_are_the_runs_that_options_name(tmp_path: Path) -> None:
+    sft = opened(tmp_path, "sft")
+    sft.update(status="finished")
+    (sft.path / "model").mkdir()
+    (tmp_path / "data.jsonl").write_text("{}")
+    config = {
+        "model": {"init_args": {"model": str(sft.path), "reward": {"rm": {"source": str(sft.path / "model")}}}},
+        "data": {"path": str(tmp_path / "data.jsonl")},
+    }
+    parents = find_parents(config)
+    assert [parent["option"] for parent in parents] == ["model.init_args.model", "model.init_args.reward.rm.source"]
+    assert {parent["run"] for parent in parents} == {str(sft.path)}
+    assert {parent["status"] for parent in parents} == {"finished"}
