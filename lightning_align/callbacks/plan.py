@@ -4,12 +4,18 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_align.data.datamodules import BaseDataModule
 from lightning_align.methods.base import AlignModule
 from lightning_align.methods.online import OnlineModule
+from lightning_align.models.loading import load_config
 from lightning_align.models.memory import estimate_memory
+from lightning_align.models.sources import resolve_source
+
+GIB = 2**30
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 
 
 class PlanOnly(BaseException):
@@ -36,28 +42,85 @@ def plan(trainer: Trainer, module: AlignModule) -> list[tuple[str, str]]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(datamodule, BaseDataModule)
     rows = [("data", line) for line in datamodule.report.lines()]
-    if isinstance(module, OnlineModule):
-        prompts = datamodule.batch_size * trainer.world_size
-        samples = prompts * module.sampling.num_samples
-        steps = module.iterations * module.num_epochs * module.num_mini_batches
-        rows += [
-            ("iteration", f"{prompts} prompts, {samples} completions of at most {module.sampling.max_new_tokens} tokens"),
-            ("iterations", f"{module.iterations} ({steps:,} optimiser steps at most)"),
-        ]
-    else:
-        batch = datamodule.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        rows += [
-            (
-                "global batch",
-                f"{batch} = {datamodule.batch_size} a device × {trainer.accumulate_grad_batches} accumulated × "
-                f"{trainer.world_size} device(s)",
-            ),
-            ("tokens a step", f"{tokens_per_step(datamodule, batch):,.0f} on average"),
-            ("optimiser steps", f"{int(trainer.estimated_stepping_batches):,}"),
-        ]
+    rows += (
+        online_rows(trainer, module, datamodule)
+        if isinstance(module, OnlineModule)
+        else offline_rows(trainer, datamodule)
+    )
     roles = module.parameter_roles()
     rows.append(("parameters", ", ".join(f"{role} {count / 1e6:,.2f} M" for role, count in roles.items())))
-    return rows + memory_rows(trainer, module, datamodule)
+    return rows + memory_rows(trainer, module, datamodule, roles)
+
+
+def online_rows(trainer: Trainer, module: OnlineModule, datamodule: BaseDataModule) -> list[tuple[str, str]]:
+    """Batch and steps of an online method."""
+    prompts = datamodule.batch_size * trainer.world_size
+    samples = prompts * module.sampling.num_samples
+    steps = module.iterations * module.num_epochs * module.num_mini_batches
+    new_tokens = module.sampling.max_new_tokens
+    return [
+        ("iteration", f"{prompts} prompts, {samples} completions of at most {new_tokens} tokens"),
+        ("tokens an iteration", f"{samples * (datamodule.mean_tokens + new_tokens):,.0f} at most, prompts included"),
+        ("iterations", f"{module.iterations} ({steps:,} optimiser steps at most)"),
+    ]
+
+
+def offline_rows(trainer: Trainer, datamodule: BaseDataModule) -> list[tuple[str, str]]:
+    """Batch and steps of an offline method."""
+    accumulated, devices = trainer.accumulate_grad_batches, trainer.world_size
+    batch = datamodule.batch_size * accumulated * devices
+    return [
+        (
+            "global batch",
+            f"{batch} = {datamodule.batch_size} a device × {accumulated} accumulated × {devices} device(s)",
+        ),
+        ("tokens a step", f"{datamodule.mean_tokens * batch:,.0f} on average"),
+        ("optimiser steps", f"{int(trainer.estimated_stepping_batches):,}"),
+    ]
+
+
+def memory_rows(
+    trainer: Trainer, module: AlignModule, datamodule: BaseDataModule, roles: dict[str, int]
+) -> list[tuple[str, str]]:
+    """Estimated peak by part, beside what the machine has."""
+    config = load_config(resolve_source(module.source), module.tokenizer).get_text_config()
+    if isinstance(module, OnlineModule):
+        sequences = min(module.micro_batch_size, datamodule.batch_size * module.sampling.num_samples)
+        length = datamodule.max_tokens_seen + module.sampling.max_new_tokens
+    else:
+        sequences, length = datamodule.sequences_per_batch, datamodule.max_tokens_seen
+    parts = estimate_memory(
+        parameters_trained=sum(count for role, count in roles.items() if role in module.trained_roles),
+        parameters_frozen=sum(count for role, count in roles.items() if role not in module.trained_roles),
+        tokens_per_microbatch=int(sequences * length),
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=config.vocab_size,
+        dtype_bytes=DTYPE_BYTES[module.model_dtype],
+        gradient_checkpointing=module.gradient_checkpointing,
+    )
+    total = parts.pop("total")
+    available, what = device_memory(trainer)
+    rows = [
+        ("memory", f"about {gib(total)} a device, of {gib(available)} {what}"),
+        ("", ", ".join(f"{name} {gib(size)}" for name, size in parts.items())),
+    ]
+    if total > available:
+        rows.append(("", "more than there is: lower the batch or its length, or set model.gradient_checkpointing"))
+    return rows
+
+
+def device_memory(trainer: Trainer) -> tuple[int, str]:
+    """Bytes that are free, and of what."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
+    return psutil.virtual_memory().available, "free memory"
+
+
+def gib(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:,.0f} GiB"
 
 
 def show(rows: list[tuple[str, str]]) -> None:

@@ -28,10 +28,10 @@ class RunProgress(ProgressBar):
 
     Args:
         unit: What is counted: ``step`` or ``iteration``.
-        total: How many of them the run has, if that is known.
+        total: How many of them the run has; the Trainer's optimiser steps by default.
     """
 
-    def __init__(self, unit: str, total: int | None) -> None:
+    def __init__(self, unit: str, total: int | None = None) -> None:
         super().__init__()
         self.unit = unit
         self.total = total
@@ -52,6 +52,8 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         super().on_train_start(trainer, pl_module)
+        if self.total is None:
+            self.total = int(trainer.estimated_stepping_batches)
         self._last_line = time.monotonic()
         if self._enabled and self._console.is_terminal:
             self._progress = Progress(

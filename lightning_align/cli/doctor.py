@@ -5,11 +5,15 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from lightning_align.cli.options import OptionParser
 from lightning_align.run.directory import versions
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 EXTRAS = {
     "triton": ("gpu", "fused GPU kernels"),
@@ -130,7 +134,7 @@ def check_rollout() -> float:
     return float((stats.logp - rollout.engine_logp)[rollout.completion_mask].abs().max())
 
 
-def small_model(vocab_size: int = 64) -> "LlamaForCausalLM":  # noqa: F821
+def small_model(vocab_size: int = 64) -> "LlamaForCausalLM":
     """A random Llama of a few thousand parameters."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,5 @@
 """``export``: a checkpoint of a run in Hugging Face format."""
 
-import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -38,10 +36,7 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
     class ExportInstead(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             """The weights have just been restored."""
-            temporary = out.with_name(f".{out.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            cli.model.export(temporary)
-            os.replace(temporary, out)
+            cli.model.export(out)
             raise PlanOnly
 
     check_checkpoint(checkpoint)

@@ -184,7 +184,7 @@ def fit(cli: AlignCLI, stop: StopRequest) -> int:
     config = cli.config
     resume = config.resume or config.ckpt_path == "last"
     run = RunDirectory(Path(config.run.root), run_name(cli), resume=resume, overwrite=config.overwrite)
-    if rank_zero_only.rank == 0 and not config.dry_run:
+    if rank_zero_only.rank == 0 and not config.dry_run:  # type: ignore[attr-defined]
         run.check()
     checkpoint = starting_point(run, config.ckpt_path, resume)
     trainer = fit_trainer(cli, run, stop)
@@ -245,21 +245,16 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
         ExportModel(run, module.export),
     ]
     if config.trainer.enable_progress_bar is not False:
-        callbacks.append(progress(module, config.trainer.max_steps))
+        callbacks.append(RunProgress("iteration", module.iterations) if online else RunProgress("step"))
     mirror = WandbMirror(run.path, wandb_mode(config.run.wandb), config.as_dict())
-    overrides = {"logger": [files, mirror], "default_root_dir": str(run.path)}
+    overrides: dict[str, Any] = {"logger": [files, mirror], "default_root_dir": str(run.path)}
     if online:  # one training step is one iteration, and the module evaluates itself after it
         overrides |= {"limit_val_batches": 0, "max_epochs": -1}
+    elif config.trainer.max_epochs is None and config.trainer.max_steps == -1:
+        overrides["max_epochs"] = 1  # Lightning's own default is a thousand
     trainer = cli.build_trainer(callbacks, **overrides)
     use_boundary_loop(trainer)
     return trainer
-
-
-def progress(module: AlignModule, max_steps: int) -> RunProgress:
-    """Progress in the unit that the method counts in."""
-    if isinstance(module, OnlineModule):
-        return RunProgress("iteration", module.iterations)
-    return RunProgress("step", max_steps if max_steps > 0 else None)
 
 
 def evaluate(cli: AlignCLI, command: str) -> int:

@@ -1,13 +1,14 @@
 """``lab``: what finished runs say. ``lab overopt`` draws the true score over KL and names the checkpoint to keep."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from errno import EISDIR
 from pathlib import Path
 
 from lightning_align.cli.main import nearest
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
-from lightning_align.run.directory import write_atomically
 
 ACTIONS = ("overopt",)
 
@@ -32,8 +33,12 @@ def overopt(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run, or the folder of the CSV)")
-    parser.add_argument("--report", type=Path, help="file for the page (default: OUT/overopt.html)")
+    parser.add_argument("--report", type=Path, help="file for the page (default: overopt.html beside the picture)")
     parser.add_argument("--form", choices=("rl", "bon"), default="rl", help="rl: d(α − β ln d); bon: d(α − β d)")
+    parser.add_argument(
+        "--intercept", choices=("fixed", "free"), default="fixed",
+        help="free: fit the true score at the start instead of using the measured one (always, if none was measured)",
+    )  # fmt: skip
     parser.add_argument(
         "--source", choices=("auto", "eval", "train", "plain", "trl"), default="auto",
         help="eval: eval/lab/…; train: lab/…; plain: kl, proxy, gold; trl: objective/… (default: the first there is)",
@@ -53,29 +58,43 @@ def overopt(argv: Sequence[str]) -> int:
     from lightning_align.lab.runs import load_curve
     from lightning_align.lab.summary import summarise, to_json
 
-    analysis = analyse(load_curve(options.run, source=options.source, columns=columns), form=options.form)
+    curve = load_curve(options.run, source=options.source, columns=columns)
+    analysis = analyse(curve, form=options.form, free_start=options.intercept == "free")
     finding = conclude(analysis)
     out = options.out or (options.run if options.run.is_dir() else options.run.parent)
-    page = options.report or out / "overopt.html"
-    picture, html = png(draw(analysis, finding)), render(analysis, finding)
-    numbers = to_json(summarise(analysis, finding, options.run))
-    try:
-        for folder in (out, page.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        temporary = out / ".overopt.png.tmp"
-        temporary.write_bytes(picture)
-        os.replace(temporary, out / "overopt.png")
-        write_atomically(page, html)
-        write_atomically(out / "overopt.json", numbers)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror} (change --out)") from error
+    outputs = {
+        out / "overopt.png": png(draw(analysis, finding)),
+        options.report or out / "overopt.html": render(analysis, finding).encode(errors="replace"),
+        out / "overopt.json": to_json(summarise(analysis, finding, options.run)).encode(),
+    }
+    _write(outputs)
     print(finding.headline)
     for sentence in finding.sentences:
         print(f"  {sentence}")
     if analysis.choice.checkpoint is not None:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
-    print(f"wrote {out / 'overopt.png'}, {page}, {out / 'overopt.json'}")
+    print(f"wrote {', '.join(map(str, outputs))}")
     return 0
+
+
+def _write(outputs: Mapping[Path, bytes]) -> None:
+    """All of them under other names first, so that a full disk or a missing permission leaves the old files."""
+    written: dict[Path, Path] = {}
+    for path, content in outputs.items():
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(EISDIR, "it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+        except OSError as error:
+            for leftover in (*written.values(), temporary):
+                with suppress(OSError):
+                    leftover.unlink()
+            raise UserError(f"cannot write {path}: {error.strerror} (change --out or --report)") from error
+        written[path] = temporary
+    for path, temporary in written.items():
+        os.replace(temporary, path)
 
 
 def _pair(word: str) -> tuple[str, str]:

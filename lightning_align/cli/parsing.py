@@ -25,7 +25,6 @@ MODEL_ALIASES = {
     "max_completion_length": "max_new_tokens",
     "num_ppo_epochs": "num_epochs",
     "num_iterations": "num_epochs",
-    "center_rewards_coefficient": "centering_coef",
     "torch_dtype": "dtype",
 }
 DATA_ALIASES = {
@@ -46,7 +45,8 @@ TRAINER_ALIASES = {
 def subclasses(base: type) -> dict[str, type]:
     """Every imported subclass of ``base`` by its short name."""
     found: dict[str, type] = {}
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         found |= {child.__name__: child} | subclasses(child)
     return found
 
@@ -57,7 +57,7 @@ def option_names(cls: type) -> list[str]:
     for parent in cls.__mro__:
         if "__init__" not in vars(parent):
             continue
-        parameters = list(inspect.signature(parent.__init__).parameters.values())[1:]
+        parameters = list(inspect.signature(vars(parent)["__init__"]).parameters.values())[1:]
         names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break

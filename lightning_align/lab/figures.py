@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from lightning_align.lab.analysis import START_KL, Analysis
 from lightning_align.lab.findings import Finding, kl_text
-from lightning_align.lab.overopt import FORMULAS
+from lightning_align.lab.overopt import FORMULAS, FormResult
 from lightning_align.lab.runs import Point
 
 # Blue and a dark amber stay apart in every common form of colour blindness and in print.
@@ -31,12 +31,12 @@ COLOURS = {
     "shade": "#f1f2f4",
 }
 PNG_DPI = 200
-KL_TICKS = [0.0, *(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))]
+TITLE_COLUMNS = 58
+# in order of preference: each is drawn where there is room beside those before it
+KL_TICKS = [0.0, *(factor * 10.0**power for factor in (1, 5, 2) for power in range(4, -4, -1))]
 Y_LABELS = {"proxy": "mean reward", "gold": "mean score"}
-PANEL_TITLES = {
-    "proxy": "Optimised reward (proxy): what training maximises",
-    "gold": "True score (gold): what we want, never trained on",
-}
+PANEL_TITLES = {"proxy": "Optimised reward (proxy)", "gold": "True score (gold)"}
+EXPLANATIONS = {"proxy": "what training maximises", "gold": "what we want, never trained on"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Layout:
     width: float
     height: float
     font: float
-    title_columns: int
     x_label: str
+    explained: bool
 
 
-WIDE = Layout(7.0, 5.2, 10.0, 66, "KL from the initial policy, nats per answer (square-root scale)")
-NARROW = Layout(4.0, 5.2, 9.5, 40, "KL from the initial policy (nats, √ scale)")
+WIDE = Layout(7.0, 5.2, 10.0, "KL from the initial policy, nats per answer (square-root scale)", explained=True)
+NARROW = Layout(4.0, 5.2, 9.5, "KL from the initial policy (nats, √ scale)", explained=False)
 
 
 def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_title: bool = True) -> Figure:
@@ -74,13 +74,14 @@ def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_ti
         )
         ratios = [1.0 if key == "proxy" else 1.75 for key in panels]
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0].tolist()
-        for key, ax in zip(panels, axes, strict=True):
-            _panel(ax, key, analysis)
-        _mark_choice(axes, panels, analysis)
-        figure.align_ylabels()
         _x_axis(axes[-1], analysis.curve.points, layout)
+        for key, ax in zip(panels, axes, strict=True):
+            _panel(ax, key, analysis, layout)
+        _mark_choice(axes, panels, analysis)
+        _shade_beyond(axes, panels, analysis, layout)
+        figure.align_ylabels()
         if with_title:
-            title = "\n".join(textwrap.wrap(finding.headline, layout.title_columns))
+            title = "\n".join(textwrap.wrap(finding.headline, TITLE_COLUMNS))
             figure.suptitle(title, x=0.012, ha="left", weight="bold", size=layout.font * 1.28)
             figure.supxlabel(source_line(analysis), x=0.012, ha="left", size=layout.font * 0.8, color=COLOURS["muted"])
     return figure
@@ -94,8 +95,16 @@ def source_line(analysis: Analysis) -> str:
     """What the dots, the line and the band are."""
     curve = analysis.curve
     seed = f", seed {curve.seed}" if curve.seed is not None else ""
-    line = f"\nLine: fit of {FORMULAS[analysis.form]}, d = √KL. Band: its 95 % interval." if analysis.forms else ""
-    return f"{curve.name}{seed}. Dots: {len(curve.points)} {curve.description}.{line}"
+    hollow = " Hollow: KL estimated below 0." if any(point.kl < 0 for point in curve.points) else ""
+    line = ""
+    if analysis.forms:
+        formula = f"{FORMULAS[analysis.form]}, d = √KL"
+        line = f"\nLine: fit of {formula}. Band: its 95 % interval."
+        if analysis.misfit:
+            line = f"\nDashed: the nearest that {formula}, comes to this run."
+        elif analysis.falls and analysis.fitted_peak is not None:
+            line += " Shaded: beyond its peak."
+    return f"{curve.name}{seed}. Dots: {len(curve.points)} {curve.description}.{hollow}{line}"
 
 
 def distance(point: Point) -> float:
@@ -103,12 +112,13 @@ def distance(point: Point) -> float:
     return math.sqrt(max(point.kl, 0.0))
 
 
-def _panel(ax: Axes, key: str, analysis: Analysis) -> None:
+def _panel(ax: Axes, key: str, analysis: Analysis, layout: Layout) -> None:
     points = [point for point in analysis.curve.points if math.isfinite(getattr(point, key))]
     x = np.array([distance(point) for point in points])
     y = np.array([getattr(point, key) for point in points])
     colour = COLOURS[key]
-    ax.set_title(PANEL_TITLES[key], loc="left", color=colour, size="medium", weight="bold", pad=7)
+    title = f"{PANEL_TITLES[key]}: {EXPLANATIONS[key]}" if layout.explained else PANEL_TITLES[key]
+    ax.set_title(title, loc="left", color=colour, size="medium", weight="bold", pad=7)
     ax.set_ylabel(Y_LABELS[key])
     ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
     ax.set_axisbelow(True)
@@ -117,29 +127,33 @@ def _panel(ax: Axes, key: str, analysis: Analysis) -> None:
     ax.tick_params(axis="both", length=0)
     ax.locator_params(axis="y", nbins=6 if key == "gold" else 4)
     dense = len(points) > 40
-    if key == "proxy":
+    if key == "gold" and analysis.result is not None:
+        _fit(ax, analysis, analysis.result)
+    else:
         order = np.argsort(x, kind="stable")
         ax.plot(x[order], y[order], color=colour, linewidth=1.4, alpha=0.35 if dense else 0.6)
-    elif analysis.result is not None:
-        _fit(ax, analysis)
-    ax.scatter(
-        x, y, s=14 if dense else 26, color=colour, edgecolor=COLOURS["paper"], linewidth=0.7, zorder=4, clip_on=False
-    )
+    hollow = np.array([point.kl < 0 for point in points])
+    for chosen, face, edge in ((~hollow, colour, COLOURS["paper"]), (hollow, COLOURS["paper"], colour)):
+        ax.scatter(
+            x[chosen], y[chosen], s=14 if dense else 26, color=face, edgecolor=edge, linewidth=0.7, zorder=4,
+            clip_on=False,
+        )  # fmt: skip
     if key == "gold":
         _start_level(ax, analysis)
         _mark_peak(ax, analysis)
     ax.margins(y=0.14 if key == "proxy" else 0.1)
 
 
-def _fit(ax: Axes, analysis: Analysis) -> None:
-    """The fitted curve and its band, on the scale of gold."""
-    result = analysis.result
-    assert result is not None
-    origin = 0.0 if analysis.start_fitted else analysis.start_gold
-    grid = result.band_d
-    low, high = result.band_low + origin, result.band_high + origin
-    ax.fill_between(grid, low, high, color=COLOURS["gold"], alpha=0.16, linewidth=0, zorder=1)
-    ax.plot(grid, result.fit(grid) + origin, color=COLOURS["gold"], linewidth=2.2, zorder=3)
+def _fit(ax: Axes, analysis: Analysis, result: FormResult) -> None:
+    """The fitted curve on the scale of gold with its band, or dashed and bare where it does not fit."""
+    grid, start = result.band_d, analysis.start_gold
+    ax.plot(
+        grid, start + result.fit(grid), color=COLOURS["gold"], linewidth=1.4 if analysis.misfit else 2.2, zorder=3,
+        linestyle=(0, (4, 3)) if analysis.misfit else "solid",
+    )  # fmt: skip
+    if not analysis.misfit:
+        low, high = start + result.band_low, start + result.band_high
+        ax.fill_between(grid, low, high, color=COLOURS["gold"], alpha=0.16, linewidth=0, zorder=1)
 
 
 def _start_level(ax: Axes, analysis: Analysis) -> None:
@@ -147,44 +161,60 @@ def _start_level(ax: Axes, analysis: Analysis) -> None:
     if not math.isfinite(analysis.start_gold):
         return
     ax.axhline(analysis.start_gold, color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (1, 2.5)), zorder=2)
+    crossed = distance(analysis.choice.point) > 0.88 * _edge(ax)
     ax.annotate(
-        "start", (1.0, analysis.start_gold), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        "start", (0.87 if crossed else 0.99, analysis.start_gold), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", color=COLOURS["muted"], size="small",
     )  # fmt: skip
 
 
 def _mark_peak(ax: Axes, analysis: Analysis) -> None:
-    """A diamond on the fitted peak with the interval of its place, and a shade over what lies beyond."""
-    result = analysis.result
-    if result is None or not analysis.peak_in_range or result.peak_d is None or result.peak_reward is None:
+    """A diamond on the fitted peak with the interval of its place."""
+    result, peak = analysis.result, analysis.fitted_peak
+    if result is None or peak is None:
         return
-    farthest = max(distance(point) for point in analysis.curve.points)
-    place, height = result.peak_d.estimate, result.peak_reward.estimate
-    height += 0.0 if analysis.start_fitted else analysis.start_gold
-    low, high = result.peak_d.low, min(result.peak_d.high, farthest)
-    ax.plot([low, high], [height, height], color=COLOURS["ink"], linewidth=1.1, zorder=3.4, solid_capstyle="butt")
+    edge = _edge(ax)
+    place, height = peak.d.estimate, analysis.start_gold + peak.reward.estimate
+    ends = [peak.d.low, min(peak.d.high, edge)]
+    ax.plot(ends, [height, height], color=COLOURS["ink"], linewidth=1.1, zorder=3.4, solid_capstyle="butt")
     ax.plot(
         place, height, marker="D", markersize=9, color=COLOURS["paper"], markeredgecolor=COLOURS["ink"],
         markeredgewidth=1.4, linestyle="none", zorder=3.6,
     )  # fmt: skip
-    above = height - result.fit(place) + np.interp(place, result.band_d, result.band_high)
+    above = analysis.start_gold + np.interp(place, result.band_d, result.band_high)
+    line = distance(analysis.choice.point)
+    left = place > 0.7 * edge or place < line < place + 0.4 * edge  # away from the edge and from the line
     ax.annotate(
-        f"fitted peak, KL {kl_text(place**2)}", (place, float(above)), xytext=(6, 4), textcoords="offset points",
-        ha="left", va="bottom", size="small", zorder=7,
+        f"fitted peak, KL {kl_text(place**2)}", (place, float(above)), xytext=(-6 if left else 6, 4),
+        textcoords="offset points", ha="right" if left else "left", va="bottom", size="small", zorder=7,
     )  # fmt: skip
-    if analysis.falls:
-        ax.axvspan(place, farthest, color=COLOURS["shade"], linewidth=0, zorder=0)
-        ax.annotate(
-            "over-optimised", (farthest, 0.97), xycoords=("data", "axes fraction"), xytext=(-6, 0),
-            textcoords="offset points", ha="right", va="top", size="small", style="italic", color=COLOURS["muted"],
+
+
+def _shade_beyond(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis, layout: Layout) -> None:
+    """A shade over what lies beyond the peak; its name stands under the reward, which is high there."""
+    peak = analysis.fitted_peak
+    if peak is None or not analysis.falls:
+        return
+    edge = _edge(axes[0])
+    for ax in axes:
+        ax.axvspan(peak.d.estimate, edge, color=COLOURS["shade"], linewidth=0, zorder=0)
+    room = layout.width * (1 - peak.d.estimate / edge)  # inches, about: the axis takes nine tenths of the width
+    if panels[0] == "proxy" and room > 1.4:
+        axes[0].annotate(
+            "over-optimised", (edge, 0.04), xycoords=("data", "axes fraction"), xytext=(-6, 0),
+            textcoords="offset points", ha="right", va="bottom", size="small", style="italic", color=COLOURS["muted"],
         )  # fmt: skip
+
+
+def _edge(ax: Axes) -> float:
+    """Right end of the KL axis, as d."""
+    return float(ax.get_xlim()[1])
 
 
 def _mark_choice(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis) -> None:
     """A line through all panels and a ring at the checkpoint to keep."""
     point = analysis.choice.point
     x = distance(point)
-    farthest = max(distance(other) for other in analysis.curve.points) or 1.0
     for key, ax in zip(panels, axes, strict=True):
         ax.axvline(x, color=COLOURS["ink"], linewidth=1.1, zorder=2)
         value = getattr(point, key)
@@ -195,7 +225,7 @@ def _mark_choice(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis
             )  # fmt: skip
     verb = "keep" if analysis.choice.policy == "gold" else "knee"
     place = "the start" if point.kl < START_KL else f"KL {kl_text(point.kl)}"
-    right = x > 0.62 * farthest
+    right = x > 0.45 * _edge(axes[0])  # the reward is low to the left of the line
     axes[0].annotate(
         f"{verb}: step {point.step}, {place}", (x, 0.98), xycoords=("data", "axes fraction"),
         xytext=(-6 if right else 6, 0), textcoords="offset points", ha="right" if right else "left", va="top",
@@ -210,9 +240,10 @@ def _x_axis(ax: Axes, points: Sequence[Point], layout: Layout) -> None:
     ticks: list[float] = []
     for kl in KL_TICKS:
         place = math.sqrt(kl)
-        if place <= farthest * 1.02 and (not ticks or place - ticks[-1] >= farthest * 0.085):
+        room = farthest * 0.6 / layout.width
+        if place <= farthest * 1.02 and all(abs(place - tick) >= room for tick in ticks):
             ticks.append(place)
-    ax.set_xticks(ticks, [f"{round(place**2, 4):g}" for place in ticks])
+    ax.set_xticks(sorted(ticks), [f"{round(place**2, 4):g}" for place in sorted(ticks)])
     ax.set_xlabel(layout.x_label)
 
 
@@ -245,7 +276,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     for colour, value in COLOURS.items():
         text = text.replace(value, f"var(--{colour})")
     text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text.replace('xlink:href="#', f'href="#{name}-'))
     width, height = (float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
-    opening = f'<svg class="{name}" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}"'
-    return re.sub(r"<svg[^>]*>", opening + ' xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
+    opening = f'<svg class="{name}" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
+    return opening + text[text.index(">") + 1 :]

@@ -4,12 +4,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_align.lab.analysis import Analysis, Z
-from lightning_align.lab.overopt import FORMULAS, Interval
+from lightning_align.lab.analysis import START_KL, Analysis
+from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, Interval
 
 Kind = Literal["peaks", "levels off", "rising", "risen", "falls", "falls from the start", "flat", "too few", "no gold"]
+FEWEST_FREEDOM = 2.0  # degrees of freedom of the noise: six checkpoints, unless their errors were measured
+TOO_FEW = (
+    f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above {START_KL:g}: "
+    "evaluate more often (model.eval_every)."
+)
 ONE_RUN = (
-    "Intervals are 95 %, from a block bootstrap over this run's checkpoints; they understate the spread between seeds."
+    "Intervals are 95 %, from this run's checkpoints alone (for the fit by a block bootstrap); they understate the "
+    "spread between seeds."
 )
 
 
@@ -30,34 +36,26 @@ class Finding:
 def conclude(analysis: Analysis) -> Finding:
     """Put an analysis into words."""
     kind = kind_of(analysis)
-    sentences = (*_about_peak(analysis), *_about_end(analysis), about_choice(analysis), *_caveats(analysis))
+    sentences = (*_about_peak(kind, analysis), *_about_end(kind, analysis), about_choice(analysis), *_caveats(analysis))
     return Finding(kind, _headline(kind, analysis), sentences)
 
 
 def kind_of(analysis: Analysis) -> Kind:
-    """A peak needs both the fit and a measured fall; neither alone is enough."""
+    """A peak needs the fit, a measured rise before it and a measured fall behind it; none alone is enough."""
     if not analysis.curve.has_gold:
         return "no gold"
-    if analysis.result is None:
+    if analysis.result is None or analysis.gold_noise.freedom < FEWEST_FREEDOM:
         return "too few"
-    if analysis.peak_in_range:
+    if analysis.fitted_peak is not None:
         return "peaks" if analysis.falls else "levels off"
-    if analysis.falls and _rose_before(analysis):
+    if analysis.rises and analysis.falls:
         return "falls"
-    if analysis.falls or (analysis.rise is not None and analysis.rise.high < 0):
+    if analysis.falls or (analysis.change is not None and analysis.change.high < 0):
         return "falls from the start"
-    if analysis.rise is None or analysis.rise.low > 0:
+    if analysis.change is not None and analysis.change.low > 0:
         peak = analysis.result.fit.peak_d
         return "rising" if peak is None or peak > max(point.d for point in analysis.fitted) else "risen"
     return "flat"
-
-
-def _rose_before(analysis: Analysis) -> bool:
-    """Whether the best place lies above the start by more than noise."""
-    start, peak = analysis.start, analysis.peak
-    if start is None or peak is None:
-        return True
-    return peak.gold - start.gold > Z * math.hypot(peak.gold_se, start.gold_se)
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -72,24 +70,24 @@ def kl_text(kl: float) -> str:
     return number(kl, 0 if abs(kl) >= 9.95 else 1 if abs(kl) >= 0.95 else 2)
 
 
-def kl_interval(peak_d: Interval) -> tuple[str, str]:
-    """Ends of the interval of d* as KL; an end far beyond any run counts as no bound."""
-    return tuple(kl_text(end**2) if end < 1e3 else "∞" for end in (peak_d.low, peak_d.high))  # type: ignore[return-value]
+def kl_interval(kl: Interval) -> str:
+    """Ends of an interval of KL; an end far beyond any run counts as no bound."""
+    return f"{kl_text(kl.low)} to {kl_text(kl.high) if kl.high < 1e6 else '∞'}"
 
 
 def _headline(kind: Kind, analysis: Analysis) -> str:
     rises = analysis.proxy_gain is not None and analysis.proxy_gain.low > 0
     while_rising = ", while the optimised reward keeps rising" if rises else ""
     last = kl_text(max(point.kl for point in analysis.curve.points))
-    place = analysis.result.peak_d if analysis.result is not None and analysis.peak_in_range else None
-    peak = kl_text(place.estimate**2) if place is not None else ""
+    peak = kl_text(analysis.fitted_peak.kl.estimate) if analysis.fitted_peak is not None else ""
+    from_where = "from the start" if analysis.start is not None else "over the whole range that was measured"
     headlines: dict[Kind, str] = {
         "peaks": f"The true score peaks at KL {peak} and then falls{while_rising}",
         "levels off": f"The true score levels off near KL {peak}: no fall beyond noise up to KL {last}",
         "rising": f"The true score is still rising at KL {last}: no peak in range",
         "risen": f"The true score has risen; no peak is established up to KL {last}",
         "falls": f"The true score rises and then falls{while_rising}",
-        "falls from the start": f"The true score falls from the start{while_rising}",
+        "falls from the start": f"The true score falls {from_where}{while_rising}",
         "flat": f"The true score does not change beyond noise up to KL {last}{while_rising}",
         "too few": "Too few checkpoints to tell whether the true score peaks",
         "no gold": "No true score was measured: the optimised reward alone cannot show when to stop",
@@ -97,21 +95,27 @@ def _headline(kind: Kind, analysis: Analysis) -> str:
     return headlines[kind]
 
 
-def _about_peak(analysis: Analysis) -> list[str]:
+def _about_peak(kind: Kind, analysis: Analysis) -> list[str]:
     result = analysis.result
-    if result is None:
-        return []
+    if kind == "too few" or result is None:
+        return [TOO_FEW] if kind == "too few" else []
     formula = FORMULAS[analysis.form]
-    if result.status == "in range" and result.peak_d is not None and result.peak_reward is not None:
-        low, high = kl_interval(result.peak_d)
-        gain = result.peak_reward.estimate - result.fit.intercept
+    peak = analysis.fitted_peak
+    if peak is not None:
         return [
-            f"The fitted curve {formula} has its peak at KL {kl_text(result.peak_d.estimate**2)} "
-            f"(interval {low} to {high}), {number(gain)} above the start."
+            f"The fitted curve {formula} has its peak at KL {kl_text(peak.kl.estimate)} "
+            f"(interval {kl_interval(peak.kl)}), {number(peak.reward.estimate)} above the start."
+        ]
+    if analysis.misfit and analysis.peak is not None:
+        return [
+            f"The curve {formula} does not fit this run: at its peak the measured score is clearly below the best, "
+            f"which is near KL {kl_text(analysis.peak.kl)}. No peak is claimed."
         ]
     far = kl_text(max(point.kl for point in analysis.fitted))
     near = kl_text(min(point.kl for point in analysis.fitted))
     reasons = {
+        "in range": f"The fitted curve {formula} has a peak, but the measured scores do not rise to it and come down "
+        "from it: no peak is claimed.",
         "none": f"The curve {formula} bends upwards (β ≤ 0): no peak in range.",
         "uncertain": "The interval of β reaches 0: no peak in range can be claimed.",
         "beyond": f"The fit puts its peak beyond KL {far}, the farthest that was trained: no peak in range.",
@@ -120,14 +124,14 @@ def _about_peak(analysis: Analysis) -> list[str]:
     return [reasons[result.status]]
 
 
-def _about_end(analysis: Analysis) -> list[str]:
+def _about_end(kind: Kind, analysis: Analysis) -> list[str]:
     fall, gain = analysis.fall, analysis.proxy_gain
-    if fall is None or analysis.result is None:
+    if fall is None or kind == "too few":
         return []
     if not analysis.falls:
         sign = "−" if fall.estimate < 0 else "+"
         return [f"At the end the true score is within noise of its best ({sign}{number(abs(fall.estimate))})."]
-    top = "peak" if analysis.peak_in_range else "best"
+    top = "peak" if analysis.fitted_peak is not None else "best"
     low, high = number(-fall.high), number(-fall.low)
     sentence = f"At the end of training the true score is {number(-fall.estimate)} below its {top}"
     sentence += f" (interval {low} to {high})"
@@ -156,7 +160,8 @@ def about_choice(analysis: Analysis) -> str:
 def _caveats(analysis: Analysis) -> list[str]:
     notes = []
     if analysis.start_fitted:
-        notes.append("No checkpoint lies at KL 0, so the score at the start is fitted too.")
+        why = "No checkpoint lies at KL 0, so the" if analysis.start is None else "The"
+        notes.append(f"{why} score at the start is fitted too.")
     if analysis.forms:
         notes.append(ONE_RUN)
     return notes

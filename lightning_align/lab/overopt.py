@@ -3,7 +3,8 @@
     RL        R(d) = d(α − β ln d)     peak at d* = exp(α/β − 1), R* = β·d*
     best-of-n R(d) = d(α − β d)        peak at d* = α/(2β),       R* = α²/(4β)
 
-R is the gold score minus its value at the start, so R(0) = 0. Both forms are linear in (α, β).
+R is the gold score minus its value at the start, so R(0) = 0. Both forms are linear in (α, β). The start is measured,
+or fitted beside them as an intercept.
 """
 
 import math
@@ -36,7 +37,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class FormFit:
-    """One fitted form; ``intercept`` is the fitted R(0), 0 when it was fixed."""
+    """One fitted form; ``intercept`` is the fitted score at the start, 0 when it was fixed, and no part of R."""
 
     form: FormName
     alpha: float
@@ -44,21 +45,35 @@ class FormFit:
     intercept: float = 0.0
 
     def __call__(self, d: Array | float) -> Array:
-        """R at distance ``d``."""
-        d = np.asarray(d, dtype=np.float64)
-        return self.intercept + design(d, self.form) @ np.array([self.alpha, self.beta])
+        """R at distance ``d``: the gain over the start."""
+        return design(np.asarray(d, dtype=np.float64), self.form) @ np.array([self.alpha, self.beta])
 
     @property
     def peak_d(self) -> float | None:
         """d* where R′(d*) = 0; None for β ≤ 0, where there is no maximum."""
-        found = peak_d(self.form, np.array([self.alpha]), np.array([self.beta]))[0]
-        return float(found) if math.isfinite(found) else None
+        return self._peak(0)
 
     @property
     def peak_reward(self) -> float | None:
-        """R(d*)."""
-        d = self.peak_d
-        return None if d is None else float(self(d))
+        """R* = R(d*)."""
+        return self._peak(1)
+
+    def _peak(self, which: int) -> float | None:
+        found = float(peaks(self.form, np.array([self.alpha]), np.array([self.beta]))[which][0])
+        return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where the fit is highest, d*, and its gain there over the start, R*."""
+
+    d: Interval
+    reward: Interval
+
+    @property
+    def kl(self) -> Interval:
+        """d*²."""
+        return Interval(self.d.estimate**2, self.d.low**2, self.d.high**2)
 
 
 @dataclass(frozen=True)
@@ -67,19 +82,20 @@ class FormResult:
 
     Attributes:
         fit: The fit itself.
-        alpha: With its interval; so are ``beta``, ``peak_d``, ``peak_reward`` (the last two None when β ≤ 0).
+        alpha: With its interval; so is ``beta``.
+        peak: None when β ≤ 0.
         status: Whether the peak may be reported. ``uncertain``: the interval of β reaches 0; ``beyond`` and ``before``:
             the fit puts it outside the distances that were measured.
         rmse: Weighted root mean square error of the points.
         extrapolation_rmse: The same of the last third of the distances when fitted to the first two; None if too few.
-        band_d: Grid of distances; ``band_low`` and ``band_high`` are the pointwise interval of R there.
+        band_d: Grid of distances from 0 to the farthest; ``band_low`` and ``band_high`` are the pointwise interval of R
+            there and, when the start was fitted, of its error too.
     """
 
     fit: FormFit
     alpha: Interval
     beta: Interval
-    peak_d: Interval | None
-    peak_reward: Interval | None
+    peak: Peak | None
     status: PeakStatus
     rmse: float
     extrapolation_rmse: float | None
@@ -94,12 +110,16 @@ def design(d: Array, form: FormName) -> Array:
     return np.stack([d, -second], axis=-1)
 
 
-def peak_d(form: FormName, alpha: Array, beta: Array) -> Array:
-    """d* of many fits ``[N]``; infinite for β ≤ 0, and never below 0."""
+def peaks(form: FormName, alpha: Array, beta: Array) -> tuple[Array, Array]:
+    """d* and R* of many fits ``[N]``; infinite for β ≤ 0, and never below 0."""
     safe = np.where(beta > 0, beta, 1.0)
-    # e^709 is the largest double
-    place = np.maximum(alpha / (2 * safe), 0.0) if form == "bon" else np.exp(np.minimum(alpha / safe - 1, 700.0))
-    return np.where(beta > 0, place, np.inf)
+    if form == "bon":
+        place = np.maximum(alpha / (2 * safe), 0.0)
+        height = alpha * place / 2
+    else:
+        place = np.exp(np.minimum(alpha / safe - 1, 600.0))  # short of the largest double
+        height = safe * place
+    return np.where(beta > 0, place, np.inf), np.where(beta > 0, height, np.inf)
 
 
 def solver(d: Array, form: FormName, weights: Array, *, free_intercept: bool) -> tuple[Array, Array]:
@@ -126,8 +146,8 @@ def fit_form(
     """
     d, reward = np.asarray(d, dtype=np.float64), np.asarray(reward, dtype=np.float64)
     fewest = 3 if free_intercept else 2
-    if len(d) < fewest:
-        raise ValueError(f"{len(d)} points for {fewest} coefficients: give at least {fewest}")
+    if len(np.unique(d)) < fewest:
+        raise ValueError(f"{len(np.unique(d))} distances for {fewest} coefficients: give at least {fewest}")
     if not (d > 0).all():
         raise ValueError(f"distances must be above 0, the smallest is {d.min()}: leave those points out")
     weights = np.ones_like(d) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -208,33 +228,27 @@ def analyse_form(
     fit = fit_form(d, reward, form, weights=weights, free_intercept=free_intercept)
     drawn = bootstrap(d, reward, form, weights=weights, free_intercept=free_intercept, start_se=start_se, seed=seed)
     alpha, beta = percentile_interval(fit.alpha, drawn[:, 0]), percentile_interval(fit.beta, drawn[:, 1])
-    intercepts = drawn[:, 2] if free_intercept else np.zeros(len(drawn))
-    places = peak_d(form, drawn[:, 0], drawn[:, 1])
-    place, height = fit.peak_d, fit.peak_reward
+    places, heights = peaks(form, drawn[:, 0], drawn[:, 1])
+    peak = None
+    if fit.peak_d is not None and fit.peak_reward is not None:
+        peak = Peak(percentile_interval(fit.peak_d, places), percentile_interval(fit.peak_reward, heights))
     grid = np.linspace(0.0, float(d.max()), 121)
-    curves = drawn[:, :2] @ design(grid, form).T + intercepts[:, None]
+    curves = drawn[:, :2] @ design(grid, form).T
+    if free_intercept:
+        curves += drawn[:, 2:] - fit.intercept
     low, high = np.quantile(curves, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return FormResult(
         fit=fit,
         alpha=alpha,
         beta=beta,
-        peak_d=None if place is None else percentile_interval(place, places),
-        peak_reward=None if height is None else percentile_interval(height, _heights(form, drawn, places, intercepts)),
-        status=peak_status(place, beta, d),
+        peak=peak,
+        status=peak_status(fit.peak_d, beta, d),
         rmse=weighted_rmse(fit, d, reward, weights),
         extrapolation_rmse=extrapolation_rmse(d, reward, form, weights, free_intercept=free_intercept),
         band_d=grid,
         band_low=low,
         band_high=high,
     )
-
-
-def _heights(form: FormName, drawn: Array, places: Array, intercepts: Array) -> Array:
-    """R* of every replicate; infinite where it has no peak."""
-    finite = np.isfinite(places)
-    basis = design(np.where(finite, places, 0.0), form)
-    heights = np.einsum("np,np->n", basis, drawn[:, :2]) + intercepts
-    return np.where(finite, heights, np.inf)
 
 
 def peak_status(place: float | None, beta: Interval, d: Array) -> PeakStatus:
@@ -251,22 +265,17 @@ def peak_status(place: float | None, beta: Interval, d: Array) -> PeakStatus:
 def weighted_rmse(fit: FormFit, d: Array, reward: Array, weights: Array | None) -> float:
     """√(Σ w e² / Σ w)."""
     weights = np.ones_like(d) if weights is None else weights
-    return float(np.sqrt(np.sum(weights * (reward - fit(d)) ** 2) / weights.sum()))
+    return float(np.sqrt(np.sum(weights * (reward - fit.intercept - fit(d)) ** 2) / weights.sum()))
 
 
 def extrapolation_rmse(
     d: Array, reward: Array, form: FormName, weights: Array | None, *, free_intercept: bool
 ) -> float | None:
-    """Error on the farthest third of the points of a fit to the nearer two thirds; None below six points."""
-    if len(d) < 6:
-        return None
+    """Error on the farthest third of the points of a fit to the nearer two thirds; None when they are too few."""
     order = np.argsort(d, kind="stable")
     near, far = np.split(order, [len(d) - len(d) // 3])
-    fit = fit_form(
-        d[near],
-        reward[near],
-        form,
-        weights=None if weights is None else weights[near],
-        free_intercept=free_intercept,
-    )
-    return weighted_rmse(fit, d[far], reward[far], None if weights is None else weights[far])
+    if len(far) < 2 or len(np.unique(d[near])) < FEWEST_POINTS:
+        return None
+    weights = np.ones_like(d) if weights is None else weights
+    fit = fit_form(d[near], reward[near], form, weights=weights[near], free_intercept=free_intercept)
+    return weighted_rmse(fit, d[far], reward[far], weights[far])

@@ -19,19 +19,11 @@ from lightning_align.lab.runs import Point
 PROMPTS_SHOWN = 5
 LONGEST_TEXT = 700  # characters of a prompt or answer
 FORM_NAMES = {"rl": "RL", "bon": "best-of-n"}
-SUMMARY = (
-    ("policy", "model", "model"),
-    ("reward", "model", "reward"),
-    ("gold", "model", "gold"),
-    ("prompts", "data", "path"),
-    ("iterations", "model", "iterations"),
-    ("prompts per iteration", "data", "batch_size"),
-    ("learning rate", "model", "learning_rate"),
-    ("KL coefficient", "model", "kl_coef"),
-    ("inner epochs", "model", "num_epochs"),
-    ("temperature", "model", "temperature"),
-)
 READING = (
+    "Each dot is a checkpoint; training moves to the right, away from the model it started from. The reward is what "
+    "training can see and maximise; whether the answers are better it does not say."
+)
+READING_GOLD = (
     "Each dot is a checkpoint; training moves to the right, away from the model it started from. The reward (above) is "
     "what training can see and maximise. The true score (below) is what we want. Where the reward still rises and the "
     "true score falls, the policy is exploiting the reward's mistakes."
@@ -86,7 +78,8 @@ def _picture(analysis: Analysis, finding: Finding) -> str:
         svg(draw(analysis, finding, layout, with_title=False), name, label)
         for name, layout in (("wide", WIDE), ("narrow", NARROW))
     )
-    caption = escape(READING) + "<br>" + escape(source_line(analysis)).replace("\n", " ")
+    reading = READING_GOLD if analysis.curve.has_gold else READING
+    caption = escape(reading) + "<br>" + escape(source_line(analysis)).replace("\n", " ")
     return (
         f'<div class="beside"><figure>{pictures}<figcaption><p>{caption}</p></figcaption></figure>'
         f"{_points(analysis)}</div>"
@@ -129,21 +122,21 @@ def _fit(analysis: Analysis) -> str:
     result = analysis.result
     if result is None:
         return ""
-    d, origin = result.peak_d, 0.0 if analysis.start_fitted else analysis.start_gold
     rows = [_row("α", result.alpha, 3), _row("β", result.beta, 3)]
-    if analysis.peak_in_range and d is not None and result.peak_reward is not None:
-        low, high = kl_interval(d)
-        height = result.peak_reward
+    peak = analysis.fitted_peak
+    if peak is not None:
+        estimate, ends = kl_text(peak.kl.estimate), kl_interval(peak.kl)
         rows += [
-            f'<tr><td class="word">peak, KL (nats)</td><td>{kl_text(d.estimate**2)}</td><td>{low} to {high}</td></tr>',
-            _row("peak, d = √KL", d, 2),
-            _row("true score at the peak", _shifted(height, origin), 2),
-            _row("gain over the start", _shifted(height, -result.fit.intercept), 2),
+            f'<tr><td class="word">peak, KL (nats)</td><td>{estimate}</td><td>{ends}</td></tr>',
+            _row("peak, d* = √KL", peak.d, 2),
+            _row("gain over the start at the peak, R*", peak.reward, 2),
         ]
     else:
-        rows.append('<tr><td class="word">peak</td><td>none in range</td><td></td></tr>')
+        rows.append('<tr><td class="word">peak</td><td>none claimed</td><td></td></tr>')
     if analysis.fall is not None:
         rows.append(_row("end minus peak, measured", analysis.fall, 2))
+    slope = number(analysis.proxy_slope)
+    rows.append(f'<tr><td class="word">reward per unit of d, straight line</td><td>{slope}</td><td></td></tr>')
     head = '<th class="word"></th><th>estimate</th><th>95 % interval</th>'
     note = (
         f"{len(analysis.fitted)} checkpoints fitted by least squares, true score at the start "
@@ -159,10 +152,6 @@ def _fit(analysis: Analysis) -> str:
 def _row(name: str, interval: Interval, digits: int) -> str:
     low, high = number(interval.low, digits), number(interval.high, digits) if interval.high < 1e3 else "∞"
     return f'<tr><td class="word">{name}</td><td>{number(interval.estimate, digits)}</td><td>{low} to {high}</td></tr>'
-
-
-def _shifted(interval: Interval, by: float) -> Interval:
-    return Interval(interval.estimate + by, interval.low + by, interval.high + by)
 
 
 def _forms(analysis: Analysis) -> str:
@@ -193,7 +182,7 @@ def _answers(analysis: Analysis) -> str:
     for prompt in shared_prompts([rows for _, _, rows in columns])[:PROMPTS_SHOWN]:
         cards = "".join(_card(title, point, rows.get(prompt), analysis) for title, point, rows in columns)
         blocks.append(f'<div><p class="prompt">{escape(clip(prompt))}</p><div class="columns">{cards}</div></div>')
-    note = f"The first {len(blocks)} held-out prompts, not selected; one sampled answer each."
+    note = f"The first {len(blocks)} held-out prompts, not selected; one sampled answer each, long texts cut at […]."
     return f'<h2>What it says on the way</h2><p class="note">{note}</p><div class="answers">{"".join(blocks)}</div>'
 
 
@@ -208,10 +197,11 @@ def sample_columns(analysis: Analysis) -> list[tuple[str, Point, dict[str, Mappi
     if not sampled:
         return []
     chosen = min(sampled, key=lambda p: abs(p.step - analysis.choice.point.step))
+    name = "Checkpoint to keep" if analysis.choice.policy == "gold" else "Checkpoint at the knee"
     titles = {
         sampled[-1].step: "Over-optimised" if analysis.falls else "Farthest from the start",
         sampled[0].step: "Start",
-        chosen.step: "Checkpoint to keep" if analysis.choice.policy == "gold" else "Checkpoint at the knee",
+        chosen.step: name if chosen.step == analysis.choice.point.step else f"Sampled nearest to: {name.lower()}",
     }
     return [(titles[p.step], p, by_step[p.step]) for p in sampled if p.step in titles]
 
@@ -249,33 +239,20 @@ def as_text(content: Any) -> str:
 
 
 def clip(text: str) -> str:
-    """At most :data:`LONGEST_TEXT` characters."""
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rstrip() + " …"
+    """At most :data:`LONGEST_TEXT` characters: both ends of a longer text."""
+    half = LONGEST_TEXT // 2
+    return text if len(text) <= LONGEST_TEXT else f"{text[:half].rstrip()} […] {text[-half:].lstrip()}"
 
 
 # ---------------------------------------------------------------------------------------------------------- the run
 def _run(analysis: Analysis) -> str:
     curve = analysis.curve
-    entries = [*_config_entries(curve.config), *_status_entries(curve.status)]
-    if not entries:
-        return ""
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries)
-    full = escape(yaml.safe_dump(curve.config, sort_keys=False, allow_unicode=True)) if curve.config else ""
-    details = f"<details><summary>The whole configuration</summary><pre>{full}</pre></details>" if full else ""
-    return f"<h2>The run</h2><dl>{listed}</dl>{details}"
-
-
-def _config_entries(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    parts = {key: config[key] for key in ("model", "data") if isinstance(config.get(key), dict)}
-    method = parts.get("model", {}).get("class_path")
-    if isinstance(method, str):
-        yield "method", method.rpartition(".")[2]
-    for name, part, key in SUMMARY:
-        content = parts.get(part, {})
-        arguments = content.get("init_args", content)
-        value = arguments.get(key) if isinstance(arguments, dict) else None
-        if value is not None:
-            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    listed = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _status_entries(curve.status)
+    )
+    full = yaml.safe_dump(curve.config, sort_keys=False, allow_unicode=True) if curve.config else ""
+    details = f"<details><summary>The whole configuration</summary><pre>{escape(full)}</pre></details>" if full else ""
+    return f"<h2>The run</h2><dl>{listed}</dl>{details}" if listed or full else ""
 
 
 def _status_entries(status: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
@@ -303,9 +280,9 @@ def _mapping(status: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _footer(analysis: Analysis) -> str:
-    left_out = analysis.curve.without_kl
-    lost = f" {left_out} rows without a KL were left out." if left_out else ""
-    noise = analysis.gold_noise
+    left_out = analysis.curve.left_out
+    lost = f" {left_out} steps without a finite KL and score were left out." if left_out else ""
+    noise = analysis.gold_noise.se
     scatter = (
         f" One true score has a standard error of about {number(noise)}." if math.isfinite(noise) and noise else ""
     )

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import yaml
 from lightning_align.errors import UserError
 from lightning_align.run.directory import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, STATUS_FILE
 
-FIELDS = ("step", "kl", "proxy", "gold", "kl_se", "proxy_se", "gold_se")
+FIELDS = ("step", "kl", "proxy", "gold", "proxy_se", "gold_se")
 STEP_COLUMNS = ("step", "iteration", "global_step")
 ENOUGH_EVALUATIONS = 4  # fewer evaluations than this give way to the training iterations, if those are more
-CHECKPOINT_NAME = re.compile(r"step=(\d+)-kl=(-?[\d.]+|nan)\.ckpt")
+CHECKPOINT_NAME = re.compile(r"step=(\d+)-kl=(-?[\d.]+|nan|inf)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Curve:
         points: By step, one per step, every KL a number.
         source: Which columns the points come from.
         description: The same in words, such as "evaluations on held-out prompts".
-        without_kl: Rows that had a score but no KL, left out.
+        left_out: Steps with a KL or a score that was not a number, or without the other; no point stands for them.
         seed: Seed of the run, if it is known.
         checkpoints: Saved checkpoints by step.
         samples: Rows of ``samples.jsonl``.
@@ -79,7 +79,7 @@ class Curve:
     points: list[Point]
     source: str = "plain"
     description: str = "rows"
-    without_kl: int = 0
+    left_out: int = 0
     seed: int | None = None
     checkpoints: dict[int, Path] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -98,29 +98,25 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
     Args:
         path: Run directory or CSV file.
         source: ``eval``, ``train``, ``plain``, ``trl``, or ``auto`` for the first of them that the file has.
-        columns: Own column names for ``step``, ``kl``, ``proxy``, ``gold`` and ``kl_se``, ``proxy_se``, ``gold_se``.
+        columns: Own column names for ``step``, ``kl``, ``proxy``, ``gold``, ``proxy_se`` and ``gold_se``.
     """
-    if path.is_dir():
-        table = path / METRICS_FILE
-        if not table.is_file():
-            raise UserError(_no_metrics(path))
-    elif path.is_file():
-        table = path
-    else:
+    if not path.exists():
         raise UserError(f"{path} does not exist: give a run directory, or a CSV with columns step, kl, proxy, gold")
-    header, rows = read_rows(table)
-    family = choose_family(table, header, rows, source, columns or {})
-    points, without_kl = read_points(table, header, rows, family, (columns or {}).get("step"))
+    if path.is_dir() and not (path / METRICS_FILE).is_file():
+        raise UserError(_no_metrics(path))
+    columns = columns or {}
+    table = Table.read(path / METRICS_FILE if path.is_dir() else path)
+    family = choose_family(table, source, columns)
+    points, left_out = read_points(table, family, columns.get("step"))
     if not points:
-        raise UserError(f"{table}: no row has a number in '{family.columns['kl']}' and in a score column")
-    curve = Curve(_name(path), points, family.name, family.description, without_kl)
+        raise UserError(f"{table.path}: no step has a number in '{family.columns['kl']}' and in a score column")
+    curve = Curve(_name(path), points, family.name, family.description, left_out)
     if path.is_dir():
         curve.checkpoints = find_checkpoints(path)
         curve.samples = read_samples(path / SAMPLES_FILE)
         curve.config = _read_mapping(path / CONFIG_FILE)
         curve.status = _read_mapping(path / STATUS_FILE)
-        seed = curve.status.get("seed")
-        curve.seed = seed if isinstance(seed, int) else None
+        curve.seed = curve.status.get("seed")
     return curve
 
 
@@ -139,110 +135,119 @@ def _name(path: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
-def read_rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Header and rows of a CSV, cells as written and stripped."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="", skipinitialspace=True)
-            header = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = header
-            return header, [{name: row[name].strip() for name in header} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {table} as CSV: {error}") from error
+@dataclass(frozen=True)
+class Table:
+    """A CSV: cells as written but stripped, and the line of the file on which each row ends."""
+
+    path: Path
+    header: list[str]
+    rows: list[dict[str, str]]
+    lines: list[int]
+
+    @classmethod
+    def read(cls, path: Path) -> "Table":
+        """:class:`UserError` for what is not a CSV, or a row that is longer than the header."""
+        rows, lines = [], []
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, restval="", skipinitialspace=True)
+                header = [name.strip() for name in reader.fieldnames or []]
+                reader.fieldnames = header
+                for row in reader:
+                    if None in row:
+                        raise UserError(f"{path} line {reader.line_num}: more cells than the header has columns")
+                    rows.append({name: cell.strip() for name, cell in row.items()})
+                    lines.append(reader.line_num)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"cannot read {path} as CSV: {error}") from error
+        return cls(path, header, rows, lines)
+
+    def count(self, column: str | None) -> int:
+        """How many cells of a column are filled; 0 if there is no such column."""
+        return sum(row[column] != "" for row in self.rows) if column in self.header else 0
+
+    def number(self, index: int, column: str) -> float:
+        """A cell as a number; nan for one that says there is none."""
+        cell = self.rows[index][column]
+        if cell.lower() in ("", "none", "null", "na", "n/a"):
+            return math.nan
+        try:
+            return float(cell)
+        except ValueError as error:
+            where = f"{self.path} line {self.lines[index]}"
+            raise UserError(f"{where}: '{cell}' in column '{column}' is not a number") from error
+
+    def __str__(self) -> str:
+        """What it has, for an error."""
+        more = f" and {len(self.header) - 12} more" if len(self.header) > 12 else ""
+        return ", ".join(self.header[:12]) + more or "no columns"
 
 
-def choose_family(
-    table: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]], source: str, columns: Mapping[str, str]
-) -> Family:
+def choose_family(table: Table, source: str, columns: Mapping[str, str]) -> Family:
     """The columns to read: those asked for, else evaluations, else what else is there."""
     for key, column in columns.items():
         if key not in FIELDS:
             raise UserError(f"--columns: '{key}' is none of {', '.join(FIELDS)}")
-        if column not in header:
-            raise UserError(f"{table} has no column '{column}' (it has {_listed(header)})")
-    present = [
-        family
+        if column not in table.header:
+            raise UserError(f"{table.path} has no column '{column}' (it has {table})")
+    present = {
+        family.name: family
         for family in FAMILIES
-        if _count(rows, header, family.columns["kl"])
-        and any(_count(rows, header, family.columns.get(key, "")) for key in ("proxy", "gold"))
-    ]
-    named = {family.name: family for family in present}
+        if table.count(family.columns["kl"]) and any(table.count(family.columns.get(key)) for key in ("proxy", "gold"))
+    }
     own = {key: column for key, column in columns.items() if key != "step"}
     if own:
-        base = present[0].columns if present else {}
-        merged = {**base, **own}
-        if "kl" not in merged or not {"proxy", "gold"} & set(merged):
-            raise UserError(f"--columns must name 'kl' and 'proxy' or 'gold'; {table} has {_listed(header)}")
-        return Family("columns", "rows", merged)
+        return _own_family(table, own, next(iter(present.values()), None))
     if source != "auto":
-        if source not in named:
-            raise UserError(f"{table} has nothing for --source {source} (found: {', '.join(named) or 'no curve'})")
-        return named[source]
+        if source not in present:
+            found = ", ".join(present) or "no curve"
+            raise UserError(f"{table.path} has nothing for --source {source} (found: {found})")
+        return present[source]
     if not present:
         raise UserError(
-            f"{table} has no curve over KL: it needs lab/kl with lab/proxy or lab/gold (online methods log them), or "
-            f"columns kl and proxy or gold; it has {_listed(header)}. Name others with --columns kl=NAME proxy=NAME"
+            f"{table.path} has no curve over KL: it needs lab/kl with lab/proxy or lab/gold (online methods log them), "
+            f"or columns kl and proxy or gold; it has {table}. Name others with --columns kl=NAME proxy=NAME"
         )
-    if "eval" in named and "train" in named:
-        evaluations, iterations = (_count(rows, header, named[name].columns["kl"]) for name in ("eval", "train"))
-        if evaluations < ENOUGH_EVALUATIONS and evaluations < iterations:
-            return named["train"]
-    return present[0]
+    if "eval" in present and "train" in present:
+        evaluations, iterations = (table.count(present[name].columns["kl"]) for name in ("eval", "train"))
+        if evaluations < min(ENOUGH_EVALUATIONS, iterations):
+            return present["train"]
+    return next(iter(present.values()))
 
 
-def _count(rows: Sequence[Mapping[str, str]], header: Sequence[str], column: str) -> int:
-    return sum(row[column] != "" for row in rows) if column in header else 0
+def _own_family(table: Table, own: Mapping[str, str], base: Family | None) -> Family:
+    """Columns named by the user; the others stay those of ``base``, but for the error of a score that was replaced."""
+    kept = base.columns if base is not None else {}
+    merged = {key: column for key, column in kept.items() if key.removesuffix("_se") not in own} | dict(own)
+    if "kl" not in merged or not {"proxy", "gold"} & set(merged):
+        raise UserError(f"--columns must name 'kl' and 'proxy' or 'gold'; {table.path} has {table}")
+    return Family("columns", "rows", merged)
 
 
-def _listed(header: Sequence[str]) -> str:
-    return ", ".join(header[:12]) + (f" and {len(header) - 12} more" if len(header) > 12 else "") or "no columns"
-
-
-def read_points(
-    table: Path, header: Sequence[str], rows: Sequence[Mapping[str, str]], family: Family, step_column: str | None
-) -> tuple[list[Point], int]:
+def read_points(table: Table, family: Family, step_column: str | None) -> tuple[list[Point], int]:
     """Points by step. Cells of one step may stand in several rows (a row per logging call); the last one counts.
 
     Returns:
-        The points, and how many steps had a score but no KL.
+        The points, and how many steps were left out for want of a KL or of a score.
     """
-    steps = step_column or next((name for name in STEP_COLUMNS if name in header), None)
+    if len({row["seed"] for row in table.rows if row.get("seed")}) > 1:
+        raise UserError(f"{table.path} holds several seeds (column 'seed'): give a file for each")
+    steps = step_column or next((name for name in STEP_COLUMNS if name in table.header), None)
     merged: dict[int, dict[str, float]] = {}
-    for index, row in enumerate(rows):
-        line = index + 2
-        cells = {
-            key: _number(table, line, column, row[column])
-            for key, column in family.columns.items()
-            if column in header and row[column] != ""
-        }
-        if not cells:
+    for index, row in enumerate(table.rows):
+        filled = {key: column for key, column in family.columns.items() if row.get(column)}
+        if not filled:
             continue
-        step = index
-        if steps is not None:
-            number = _number(table, line, steps, row[steps])
-            if not math.isfinite(number):
-                raise UserError(f"{table} line {line}: '{steps}' is empty, but the row has scores")
-            step = int(number)
-        merged.setdefault(step, {}).update(cells)
-    points, without_kl = [], 0
+        step = float(index) if steps is None else table.number(index, steps)
+        if not step.is_integer():
+            raise UserError(f"{table.path} line {table.lines[index]}: '{steps}' must be a whole number beside scores")
+        merged.setdefault(int(step), {}).update({key: table.number(index, filled[key]) for key in filled})
+    points = []
     for step, cells in sorted(merged.items()):
-        values = {key: value for key, value in cells.items() if key != "kl_se" and math.isfinite(value)}
-        if not {"proxy", "gold"} & set(values):
-            continue
-        if "kl" in values:
+        values = {key: value for key, value in cells.items() if math.isfinite(value)}
+        if "kl" in values and {"proxy", "gold"} & set(values):
             points.append(Point(step, **values))
-        else:
-            without_kl += 1
-    return points, without_kl
-
-
-def _number(table: Path, line: int, column: str, cell: str) -> float:
-    if cell.lower() in ("", "none", "null", "na", "n/a"):
-        return math.nan
-    try:
-        return float(cell)
-    except ValueError as error:
-        raise UserError(f"{table} line {line}: '{cell}' in column '{column}' is not a number") from error
+    return points, len(merged) - len(points)
 
 
 # ---------------------------------------------------------------------------------------------------------- beside it
@@ -253,26 +258,24 @@ def find_checkpoints(run: Path) -> dict[int, Path]:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Rows with ``step``, ``prompt`` and ``completion``; a line cut off by a crash is passed over."""
+    """Rows with ``step``, ``prompt`` and ``completion``; a last line that a crash cut off is passed over."""
     if not path.is_file():
         return []
-    return [row for row in _json_lines(path) if {"step", "prompt", "completion"} <= set(row)]
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # text may hold other line breaks
+    rows = []
+    *whole, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")  # text may hold other line breaks
+    for number, line in enumerate([*whole, cut], start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            yield row
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number <= len(whole):
+                raise UserError(f"{path} line {number} is not JSON ({error}): mend or remove the line") from error
+    return [row for row in rows if isinstance(row, dict) and {"step", "prompt", "completion"} <= set(row)]
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON mapping for the summary; empty if it is missing or damaged, for the curve does not need it."""
+    """A YAML or JSON mapping that the page shows; empty if there is none."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore or remove it") from error
     return content if isinstance(content, dict) else {}

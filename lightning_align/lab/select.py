@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,7 @@ def choose(curve: Curve) -> Choice:
     if not curve.checkpoints:
         return choice
     step = min(curve.checkpoints, key=lambda saved: (abs(saved - choice.point.step), saved))
-    return Choice(choice.point, choice.policy, choice.best, choice.se, curve.checkpoints[step], step)
+    return replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
 
 
 def one_standard_error(points: Sequence[Point]) -> tuple[Point, Point, float]:

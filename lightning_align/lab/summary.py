@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from lightning_align.lab.overopt import FORMULAS, SMALLEST_D, FormResult, Interv
 from lightning_align.lab.runs import Point
 
 FORMAT = 1
+PARAMETERS = ("alpha", "beta", "d_peak", "kl_peak", "R_peak")
 
 
 def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]:
     """Content of ``overopt.json``. Distances are d = √KL, R is gold minus its start; null is what is not known."""
     curve, result = analysis.curve, analysis.result
-    reported = _reported(result) if result is not None else {}
+    parameters = _parameters(analysis)
     return {
         "format": FORMAT,
         "run": str(run),
@@ -28,26 +30,23 @@ def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]
         "seeds": [] if curve.seed is None else [curve.seed],
         "form": analysis.form,
         "formula": FORMULAS[analysis.form],
-        "alpha": None,
-        "beta": None,
-        "d_peak": None,
-        "kl_peak": None,
-        "R_peak": None,
-        "intervals": {},
-        **reported,
+        **{name: parameters[name].estimate if name in parameters else None for name in PARAMETERS},
+        "intervals": {name: [interval.low, interval.high] for name, interval in parameters.items()},
         "interval_method": ONE_RUN if result is not None else None,
         "peak_status": result.status if result is not None else None,
         "forms": {name: _form(other) for name, other in analysis.forms.items()},
-        "start_fitted": analysis.start_fitted,
+        "misfit": analysis.misfit,
         "gold": {
             "start": analysis.start_gold,
+            "start_fitted": analysis.start_fitted,
             "peak": analysis.peak.gold if analysis.peak is not None else None,
             "peak_kl": analysis.peak.kl if analysis.peak is not None else None,
             "end": analysis.end.gold,
             "end_kl": analysis.end.kl,
-            "se": analysis.gold_noise,
+            "se": analysis.gold_noise.se,
+            "peak_minus_start": _interval(analysis.rise),
             "end_minus_peak": _interval(analysis.fall),
-            "end_minus_start": _interval(analysis.rise),
+            "end_minus_start": _interval(analysis.change),
             "falls": analysis.falls,
         },
         "proxy": {
@@ -55,6 +54,7 @@ def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]
             "peak": _proxy(analysis.peak),
             "end": _proxy(analysis.end),
             "end_minus_peak": _interval(analysis.proxy_gain),
+            "slope": analysis.proxy_slope,
         },
         "chosen": _chosen(analysis),
         "verdict": finding.kind,
@@ -64,16 +64,11 @@ def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]
     }
 
 
-def _reported(result: FormResult) -> dict[str, Any]:
-    """Parameters, and the peak only where one may be claimed."""
-    values: dict[str, Any] = {"alpha": result.alpha.estimate, "beta": result.beta.estimate}
-    intervals = {"alpha": _ends(result.alpha), "beta": _ends(result.beta)}
-    if result.status == "in range" and result.peak_d is not None and result.peak_reward is not None:
-        d, height = result.peak_d, result.peak_reward
-        values |= {"d_peak": d.estimate, "kl_peak": d.estimate**2, "R_peak": height.estimate - result.fit.intercept}
-        above = Interval(height.estimate, height.low - result.fit.intercept, height.high - result.fit.intercept)
-        intervals |= {"d_peak": _ends(d), "kl_peak": [end**2 for end in _ends(d)], "R_peak": _ends(above)}
-    return {**values, "intervals": intervals}
+def _parameters(analysis: Analysis) -> dict[str, Interval]:
+    """What is known of :data:`PARAMETERS`: the peak only where one may be claimed."""
+    result, peak = analysis.result, analysis.fitted_peak
+    found = {} if result is None else {"alpha": result.alpha, "beta": result.beta}
+    return found if peak is None else found | {"d_peak": peak.d, "kl_peak": peak.kl, "R_peak": peak.reward}
 
 
 def _form(result: FormResult) -> dict[str, Any]:
@@ -91,7 +86,7 @@ def _excluded(analysis: Analysis) -> dict[str, int]:
     points = analysis.curve.points
     measured = [point for point in points if math.isfinite(point.gold)]
     return {
-        "without_kl": analysis.curve.without_kl,
+        "incomplete": analysis.curve.left_out,
         "without_gold": len(points) - len(measured),
         "negative_kl": sum(point.kl < 0 for point in measured),
         f"d_below_{SMALLEST_D:g}": sum(0 <= point.d < SMALLEST_D for point in measured),
@@ -121,14 +116,8 @@ def _proxy(place: Place | None) -> float | None:
     return place.proxy if place is not None else None
 
 
-def _ends(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
-
-
 def _interval(interval: Interval | None) -> dict[str, float] | None:
-    if interval is None:
-        return None
-    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+    return asdict(interval) if interval is not None else None
 
 
 def to_json(content: Mapping[str, Any]) -> str:

@@ -33,13 +33,6 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def masked_var(values: Tensor, mask: Tensor, *, unbiased: bool = False) -> Tensor:
-    """Σ m (v − mean)² / Σ m, or divided by Σ m − 1 when ``unbiased``; 0 with fewer than two valid entries."""
-    count = mask.bool().sum()
-    squared = masked_sum((at_least_float32(values) - masked_mean(values, mask)) ** 2, mask)
-    return torch.where(count > 1, squared / (count - int(unbiased)).clamp(min=1), 0.0)
-
-
 # ------------------------------------------------------------------ reductions of a per-token loss [B, T] to a scalar
 def _divide(total: Tensor, count: Tensor, normaliser: Tensor | float | None) -> Tensor:
     if normaliser is None:
@@ -128,7 +121,10 @@ def masked_whiten(
     return torch.where(total[0] < 2, values, torch.where(mask.bool(), white, 0.0))
 
 
-def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G) over the mask: 1 is a perfect value function, NaN where returns do not vary."""
-    var = masked_var(returns, mask)
-    return torch.where(var > 0, 1 - masked_var(returns - values, mask) / var, torch.nan)
+def explained_variance(error_moments: Tensor, return_moments: Tensor) -> float:
+    """1 − Var(G − V) / Var(G) from the summed :func:`moments` of G − V and of G.
+
+    1 is a perfect value function, 0 one that knows no more than the mean; NaN where returns do not vary.
+    """
+    (_, error), (_, total) = mean_and_var(error_moments), mean_and_var(return_moments)
+    return float(1 - error / total) if total > 0 else float("nan")

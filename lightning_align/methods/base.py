@@ -7,24 +7,32 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lightning_align.errors import UserError
 from lightning_align.losses.masked import Metrics
 from lightning_align.models.export import save_model
-from lightning_align.models.loading import count_parameters, load_causal_lm, load_tokenizer, tokenizer_plan
+from lightning_align.models.loading import (
+    count_parameters,
+    load_causal_lm,
+    load_config,
+    load_tokenizer,
+    tokenizer_plan,
+)
+from lightning_align.models.sources import resolve_source
 from lightning_align.models.tokenizer_training import train_tokenizer
 
 Schedule = Literal["constant", "linear", "cosine"]
-# A metric under way: sum of the numerator and of the denominator. Ratios are taken once, over all micro-batches and ranks.
-Sums = Metrics
+# Their names in transformers.
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
 
 
 class AlignModule(L.LightningModule):
     """What all methods share.
 
-    An offline method implements :meth:`loss`, which returns a *sum* over its micro-batch; the base divides by the weight of
-    the whole optimiser window (all accumulation steps and ranks), so splitting a batch never changes a gradient.
+    An offline method implements :meth:`loss`, which returns a *sum* over its micro-batch; the base divides by the
+    weight of the whole optimiser window (all accumulation steps and ranks), so splitting a batch never changes a
+    gradient. Metrics under way are sums too; ratios are taken once, over all micro-batches and ranks.
 
     Args:
         model: Policy to start from: run directory, local path, hub id, or a YAML file of an architecture to initialise.
@@ -41,6 +49,9 @@ class AlignModule(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
 
+    trained_roles: tuple[str, ...] = ("policy",)  # of :meth:`parameter_roles`, those that learn
+    dropout = 0.0  # of the whole network; off wherever log-probs or scores are compared
+
     def __init__(
         self,
         *,
@@ -54,7 +65,7 @@ class AlignModule(L.LightningModule):
         warmup_ratio: float = 0.03,
         min_lr_ratio: float = 0.1,
         max_grad_norm: float = 1.0,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -75,8 +86,8 @@ class AlignModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.num_tokens = 0  # tokens seen by the optimiser, over all ranks
-        self._window_sums: Sums = {}
-        self._eval_sums: Sums = {}
+        self._window_sums: Metrics = {}
+        self._eval_sums: Metrics = {}
         self._grad_norm: Tensor | None = None
         if tokenizer_plan(model) is None:  # otherwise it is trained on the data, which is read before any weights are
             self._tokenizer = load_tokenizer(model)
@@ -97,12 +108,20 @@ class AlignModule(L.LightningModule):
             self._tokenizer = train_tokenizer(texts(), **plan)
         return self._tokenizer
 
+    def max_tokens(self) -> int | None:
+        """Longest record the method can take, in tokens; None where the model sets no limit."""
+        return max_positions(load_config(resolve_source(self.source), self.tokenizer))
+
     def build_model(self) -> nn.Module:
         """The network that is trained and exported; a causal language model unless a method says otherwise."""
-        model = load_causal_lm(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
+        model = load_causal_lm(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype, dropout=self.dropout)
+        return self.with_checkpointing(model)
+
+    def with_checkpointing(self, network: PreTrainedModel) -> PreTrainedModel:
+        """The network, recomputing its activations in the backward pass if that was asked for."""
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        return model
+            network.gradient_checkpointing_enable()
+        return network
 
     def configure_model(self) -> None:
         """Build the weights: after the data were checked, and only once."""
@@ -119,7 +138,7 @@ class AlignModule(L.LightningModule):
         save_model(self.model, self.tokenizer, folder)
 
     # ------------------------------------------------------------------ objective
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Summed loss of one micro-batch and the sums of its metrics (detached numerators and denominators)."""
         raise NotImplementedError(f"{type(self).__name__} must implement loss")
 
@@ -135,7 +154,7 @@ class AlignModule(L.LightningModule):
         """Add one batch to the sums of this evaluation."""
         self.add_eval_sums(self.loss(batch)[1])
 
-    def add_eval_sums(self, sums: Sums) -> None:
+    def add_eval_sums(self, sums: Metrics) -> None:
         """Add to the evaluation under way."""
         add_sums(self._eval_sums, sums)
 
@@ -145,7 +164,7 @@ class AlignModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the evaluation under ``eval/``, as ratios of global sums."""
-        metrics = self.eval_metrics(self._ratios(self._eval_sums))
+        metrics = self.eval_metrics(self.ratios(self._eval_sums))
         self._eval_sums = {}
         self.report({f"eval/{name}": value for name, value in metrics.items()}, step=self.trainer.global_step)
 
@@ -173,11 +192,8 @@ class AlignModule(L.LightningModule):
         )
         total = self.total_steps()
         warmup = round(self.warmup_ratio * total)
-        name, extra = self.lr_scheduler_type, None
-        if name == "cosine":
-            name, extra = "cosine_with_min_lr", {"min_lr_rate": self.min_lr_ratio}
-        elif name == "constant":
-            name = "constant_with_warmup"
+        name = SCHEDULERS[self.lr_scheduler_type]
+        extra = {"min_lr_rate": self.min_lr_ratio} if self.lr_scheduler_type == "cosine" else None
         scheduler = get_scheduler(name, optimizer, warmup, total, scheduler_specific_kwargs=extra)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -202,9 +218,9 @@ class AlignModule(L.LightningModule):
         step = self.trainer.global_step + 1  # Lightning counts it after this hook
         sums, self._window_sums = self._window_sums, {}
         if "num_tokens" in sums:
-            self.num_tokens += int(self._all_reduce(sums.pop("num_tokens")[0]))
-        if step % self.trainer.log_every_n_steps == 0 or step == 1:
-            metrics = self._ratios(sums)
+            self.num_tokens += int(self.all_reduce(sums.pop("num_tokens")[0]))
+        if self.logs_step(step):
+            metrics = self.ratios(sums)
             metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["num_tokens"] = float(self.num_tokens)
             metrics["epoch"] = self.trainer.current_epoch + (batch_idx + 1) / max(1, self.trainer.num_training_batches)
@@ -213,34 +229,38 @@ class AlignModule(L.LightningModule):
             self.report(metrics, step=step)
 
     # ------------------------------------------------------------------ metrics
+    def logs_step(self, step: int) -> bool:
+        """Whether this optimiser step, counted from 1, is logged."""
+        return step == 1 or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
     def logs_this_step(self) -> bool:
-        """Whether the optimiser step under way will be logged; costly metrics are computed only then."""
-        step = self.trainer.global_step + 1
-        return not self.trainer.training or step % self.trainer.log_every_n_steps == 0 or step == 1
+        """Whether the step under way is logged, or an evaluation runs; costly metrics are computed only then."""
+        return not self.trainer.training or self.logs_step(self.trainer.global_step + 1)
 
-    def _all_reduce(self, value: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op="sum")  # type: ignore[return-value]
+    def all_reduce(self, value: Tensor, reduce_op: Literal["sum", "max"] = "sum") -> Tensor:
+        """Sum or maximum over all ranks, without gradient."""
+        return self.trainer.strategy.reduce(value.detach().clone(), reduce_op=reduce_op)
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks, which may hold different numbers of them. ``[n, …] → [Σn, …]``."""
-        counts = self.all_gather(torch.tensor(len(rows), device=self.device)).tolist()
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered = self.all_gather(padded)
-        return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    def gather(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks in the order of ranks; ranks may hold different numbers of them."""
+        if self.trainer.world_size == 1:
+            return items
+        parts: list[list[Any]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
 
-    def _ratios(self, sums: Sums) -> dict[str, float]:
+    def ratios(self, sums: Metrics) -> dict[str, float]:
         """Global ratios; a metric with denominator 0 is left out, never logged as 0."""
         if not sums:
             return {}
         names = sorted(sums)
         table = torch.stack([torch.stack([x.detach().double().cpu() for x in sums[name]]) for name in names])
         if self.trainer.world_size > 1:
-            table = self._all_reduce(table.to(self.device)).cpu()
+            table = self.all_reduce(table.to(self.device)).cpu()
         return {name: float(num / den) for name, (num, den) in zip(names, table, strict=True) if den != 0}
 
     def report(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Write one row to every logger and make it visible to callbacks. ``step``: optimiser steps (or iterations) done."""
+        """Write one row to every logger and show it to callbacks. ``step``: optimiser steps (or iterations) done."""
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=step)
         for name, value in metrics.items():
@@ -259,11 +279,13 @@ class AlignModule(L.LightningModule):
         """Refuse a checkpoint of another method; restore the counters."""
         method = checkpoint.get("method", {"name": "another program"})
         if method["name"] != type(self).__name__:
-            raise UserError(f"the checkpoint is of {method['name']}, this run is {type(self).__name__}: give another run.name")
+            raise UserError(
+                f"the checkpoint is of {method['name']}, this run is {type(self).__name__}: give another run.name"
+            )
         self.num_tokens = method["num_tokens"]
 
 
-def add_sums(total: Sums, sums: Sums) -> None:
+def add_sums(total: Metrics, sums: Metrics) -> None:
     """Add ``sums`` into ``total`` in place."""
     for name, (numerator, denominator) in sums.items():
         old = total.get(name)
@@ -274,10 +296,17 @@ def add_sums(total: Sums, sums: Sums) -> None:
 def decay_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups: matrices of linear layers with weight decay; norms, biases and embeddings without."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
             (decayed if matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [{**group, "lr": learning_rate} for group in groups if group["params"]]
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions a model was made for; None for those without a limit."""
+    limit = config.get_text_config().to_dict().get("max_position_embeddings")
+    return int(limit) if limit else getattr(config, "n_positions", None)

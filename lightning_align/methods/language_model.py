@@ -1,42 +1,78 @@
 """The token-weighted language-modelling step that pre-training and SFT share."""
 
 import math
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from lightning_align.errors import UserError
 from lightning_align.losses.lm import token_cross_entropy
-from lightning_align.methods.base import Sums
+from lightning_align.losses.masked import Metrics
+from lightning_align.methods.base import AlignModule
 from lightning_align.models.logprobs import token_stats
+from lightning_align.models.masks import check_packing, unpack_rows
+
+MOST_NATS = 700.0  # e^709 is the largest double
 
 
-def language_model_sums(model: nn.Module, batch: Mapping[str, Tensor], *, entropy: bool) -> tuple[Tensor, Sums]:
-    """Σ w·(−log p) over the learnt tokens of a batch, and the sums behind the logged metrics."""
-    weights = batch["loss_weights"]
-    mask = weights > 0
-    stats = token_stats(
-        model,
-        batch["input_ids"],
-        batch["attention_mask"],
-        mask=mask,
-        position_ids=batch["position_ids"],
-        document_ids=batch["document_ids"],
-        entropy=entropy,
-        correct=True,
-    )
-    loss, sums = token_cross_entropy(stats.logp, weights)
-    count = mask.sum()
-    assert stats.correct is not None
-    sums["mean_token_accuracy"] = (stats.correct.sum(), count)
-    sums["num_tokens"] = (batch["attention_mask"].sum(), count.new_ones(()))
-    if stats.entropy is not None:
-        sums["entropy"] = (stats.entropy.sum(), count)
-    return loss, sums
+class LanguageModelModule(AlignModule):
+    """Next-token prediction on the weighted tokens of a batch; a method adds its defaults and what it measures.
 
+    Args:
+        dropout: Every dropout of the network, while it trains.
+        kwargs: The settings of :class:`AlignModule`.
+    """
 
-def with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
-    """Add exp of the token-weighted mean (never a mean of per-batch exponentials)."""
-    metrics.pop("num_tokens", None)
-    if "loss" in metrics:
-        metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
-    return metrics
+    packs = True
+
+    def __init__(self, *, dropout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout is {dropout}: give a probability from 0 up to (not including) 1")
+        self.dropout = dropout
+
+    def on_fit_start(self) -> None:
+        """Try whether this model keeps the documents of a packed row apart; if not, rows are unpacked before use."""
+        assert isinstance(self.model, PreTrainedModel)
+        self.packs = check_packing(self.model)
+        if not self.packs and self.trainer.datamodule.packs:  # type: ignore[attr-defined]
+            warnings.warn(
+                f"{type(self.model).__name__} cannot keep packed documents apart: every document gets a row of its own "
+                "(data.packing none saves the detour)",
+                stacklevel=2,
+            )
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """Token-weighted negative log-likelihood, and the sums behind the logged metrics."""
+        if not self.packs:
+            batch = unpack_rows(batch)
+        weights = batch["loss_weights"]
+        mask = weights > 0
+        stats = token_stats(
+            self.model,
+            batch["input_ids"],
+            batch["attention_mask"],
+            mask=mask,
+            position_ids=batch["position_ids"],
+            document_ids=batch["document_ids"],
+            entropy=self.logs_this_step(),
+            correct=self.logs_this_step(),
+        )
+        loss, sums = token_cross_entropy(stats.logp, weights)
+        count = mask.sum()
+        sums["num_tokens"] = (batch["attention_mask"].sum(), count.new_ones(()))
+        if stats.correct is not None:
+            sums["mean_token_accuracy"] = (stats.correct.sum(), count)
+        if stats.entropy is not None:
+            sums["entropy"] = (stats.entropy.sum(), count)
+        return loss, sums
+
+    def eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Add exp of the token-weighted mean (never a mean of per-batch exponentials)."""
+        metrics.pop("num_tokens", None)
+        if "loss" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["loss"], MOST_NATS))
+        return metrics

@@ -2,29 +2,39 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
+from zlib import crc32
 
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lightning_align.errors import UserError
-from lightning_align.methods.base import AlignModule, Sums, add_sums
-from lightning_align.models.loading import load_causal_lm
+from lightning_align.losses.kl import k1, sequence_kl
+from lightning_align.losses.masked import Metrics
+from lightning_align.methods.base import AlignModule, add_sums
+from lightning_align.methods.measures import column_sums, length_columns, sample_rows, score_columns
+from lightning_align.models.loading import count_parameters, load_causal_lm
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.rewards.base import Reward, Scores
-from lightning_align.rewards.build import build_reward
+from lightning_align.rewards.build import build_reward, parse_reward
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.types import Experience, Rollout, SamplingParams
 from lightning_align.run.logging import log_samples
 
 RewardSpec = str | dict[str, Any]
-SEED_STRIDE = 1_000_003  # a prime, so that iterations and rows do not share sampling seeds
+# Sampling seeds: runs are 2^40 apart, iterations a prime, and evaluations are drawn beyond any iteration's.
+RUN_STRIDE, ITERATION_STRIDE, EVALUATION = 1 << 40, 1_000_003, 1 << 39
 SAMPLE_ROWS = 16  # rows of the sample table at each evaluation
-EVAL_SEED = 1 << 40  # far beyond any seed that training reaches
+GUARD_WINDOW = 3  # iterations whose mean KL the hard limit looks at
+Objective = Callable[[], tuple[Tensor, Metrics]]
 
 
 @dataclass
@@ -43,7 +53,7 @@ class Frozen:
                 reward.to(device)
 
 
-def rollout_slices(rows: int, size: int) -> Iterator[slice]:
+def slices(rows: int, size: int) -> Iterator[slice]:
     """``rows`` in slices of at most ``size``."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
@@ -51,12 +61,13 @@ def rollout_slices(rows: int, size: int) -> Iterator[slice]:
 class OnlineModule(AlignModule):
     """Sample from the policy, score the samples, learn from them; reads ``prompt`` records.
 
-    One ``training_step`` is one iteration. Optimisation is manual because an iteration takes many optimiser steps on data
-    that exist only after sampling. A method implements :meth:`experience` and :meth:`minibatch_loss`.
+    One ``training_step`` is one iteration: :meth:`collect`, then inner epochs of minibatches. Optimisation is manual
+    because an iteration takes many optimiser steps on data that exist only after sampling. A method implements
+    :meth:`experience` and :meth:`minibatch_loss`.
 
     Args:
-        reward: What scores a completion: a run, path, hub id, ``package.module.function``, ``playground``, or a mapping of
-            name to ``{source, weight}``.
+        reward: What scores a completion: a run, path, hub id, ``package.module.function``, ``file.py:function``,
+            ``playground``, or a mapping of name to ``{source, weight}``.
         gold: What is measured but never trained on; the same forms as ``reward``.
         iterations: Number of iterations; each draws ``data.batch_size`` prompts per process.
         max_new_tokens: Longest completion in tokens.
@@ -66,11 +77,12 @@ class OnlineModule(AlignModule):
         min_p: Keep tokens at least this likely relative to the likeliest; 0 keeps all.
         samples_per_prompt: Completions drawn for each prompt.
         stop_strings: Texts that end a completion (after the token that completes them).
-        engine: Sampler: our ``static`` cache, transformers' ``generate``, or ``auto`` for the first that fits the model.
+        engine: Sampler: our ``static`` cache, transformers' ``generate``, or ``auto`` for the first that fits.
         num_epochs: Passes over the samples of an iteration.
         num_mini_batches: Optimiser steps in each pass.
         micro_batch_size: Sequences per forward pass; lower it to save memory, the gradient stays the same.
-        eval_every: Evaluate on the held-out prompts every so many iterations, and before the first and after the last.
+        eval_every: Evaluate on the held-out prompts every so many iterations, before the first and after the last; 0
+            never does.
         stop_at_kl: Stop training when the moving average of three iterations' sequence KL exceeds this.
         kwargs: The settings of :class:`AlignModule`.
     """
@@ -98,8 +110,19 @@ class OnlineModule(AlignModule):
     ) -> None:
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        if iterations < 1:
-            raise UserError(f"model.iterations is {iterations}: give at least 1")
+        for name, value in (
+            ("iterations", iterations),
+            ("num_epochs", num_epochs),
+            ("num_mini_batches", num_mini_batches),
+            ("micro_batch_size", micro_batch_size),
+        ):
+            if value < 1:
+                raise UserError(f"model.{name} is {value}: give at least 1")
+        if eval_every < 0:
+            raise UserError(f"model.eval_every is {eval_every}: give a number of iterations, or 0 for never")
+        for spec in (reward, gold):
+            if spec is not None:
+                parse_reward(spec)  # a mistake is said before anything is loaded
         self.iterations = iterations
         self.iteration = 0
         self.episodes = 0
@@ -122,12 +145,23 @@ class OnlineModule(AlignModule):
         self.eval_every = eval_every
         self.stop_at_kl = stop_at_kl
         self.recent_kl: list[float] = []
-        self.base_seed = 0
         self.label: str | None = None
-        self._eval_rows = 0
+        self._eval_seen: Counter[int] = Counter()
         self._eval_samples: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------ models
+    def max_tokens(self) -> int | None:
+        """Longest prompt: the completion needs room behind it."""
+        limit = super().max_tokens()
+        if limit is None:
+            return None
+        if limit <= self.sampling.max_new_tokens:
+            raise UserError(
+                f"model.max_new_tokens is {self.sampling.max_new_tokens}, but {self.source} has {limit} positions: no "
+                "prompt fits before such a completion"
+            )
+        return limit - self.sampling.max_new_tokens
+
     def configure_model(self) -> None:
         """The policy, and what stays frozen: reference, reward, gold."""
         super().configure_model()
@@ -141,53 +175,65 @@ class OnlineModule(AlignModule):
             )
 
     def parameter_roles(self) -> dict[str, int]:
-        """Policy and the frozen reference; rewards report their own size once loaded."""
+        """Policy, the frozen reference, and the trained models among rewards and gold."""
         policy = super().parameter_roles()["policy"]
-        return {"policy": policy, "reference": policy}
+        roles = {"policy": policy, "reference": policy}
+        for role, spec in (("reward", self.reward_spec), ("gold", self.gold_spec)):
+            parts = [part.source for part in parse_reward(spec) if part.kind == "learned"] if spec is not None else []
+            if parts:
+                roles[role] = sum(count_parameters(part, None, AutoModelForSequenceClassification) for part in parts)
+        return roles
 
-    def on_fit_start(self) -> None:
+    def setup_sampling(self) -> None:
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
-        self.base_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        assert isinstance(self.model, nn.Module)
+        assert isinstance(self.model, PreTrainedModel)
         self.sampler: Engine = build_engine(self.engine_name, self.model, self.tokenizer)
+
+    def on_fit_start(self) -> None:
+        """Ready to sample."""
+        self.setup_sampling()
+
+    def on_validation_start(self) -> None:
+        """The same for ``validate`` and ``test``, which do not fit first."""
+        if not hasattr(self, "sampler"):
+            self.setup_sampling()
+
+    def on_test_start(self) -> None:
+        """As for validation."""
+        self.on_validation_start()
 
     def on_train_start(self) -> None:
         """Evaluate the policy before it is changed: the curve over KL begins at KL 0."""
-        self.set_modes()
+        self.eval()
         if self.iteration == 0 and self.eval_every:
             self.evaluate_policy()
-
-    def set_modes(self) -> None:
-        """Dropout stays off: the sampler, old and new log-probs must be one distribution."""
-        self.eval()
 
     # ------------------------------------------------------------------ one iteration
     def experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Score the samples and prepare what the loss needs; also metrics of the samples."""
         raise NotImplementedError(f"{type(self).__name__} must implement experience")
 
-    def minibatch_loss(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Sums]:
+    def minibatch_loss(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:
         """Loss of a micro-batch, already divided by the minibatch's global ``normaliser``."""
         raise NotImplementedError(f"{type(self).__name__} must implement minibatch_loss")
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:  # type: ignore[override]
         """Sample, score, learn, log; evaluate when it is due."""
         started = time.perf_counter()
-        self.set_modes()
-        rollout = self.sample(batch)
-        sampled = time.perf_counter()
-        experience, metrics = self.experience(rollout)
-        scored = time.perf_counter()
+        self.eval()  # dropout stays off: the sampler, old and new log-probs must be one distribution
+        experience, metrics = self.collect(batch)
+        collected = time.perf_counter()
+        self.train(self.gradient_checkpointing)  # transformers recomputes activations in training mode only
         metrics |= self.learn(experience)
+        self.eval()
         finished = time.perf_counter()
+        episodes = len(experience) * self.trainer.world_size
         self.iteration += 1
-        self.episodes += len(rollout) * self.trainer.world_size
+        self.episodes += episodes
         metrics |= {
-            "time/rollout": sampled - started,
-            "time/score": scored - sampled,
-            "time/train": finished - scored,
-            "eps": len(rollout) * self.trainer.world_size / (finished - started),
+            "time/train": finished - collected,
+            "eps": episodes / (finished - started),
             "episode": float(self.episodes),
             "lr": self.optimizers().param_groups[0]["lr"],  # type: ignore[union-attr]
         }
@@ -199,41 +245,59 @@ class OnlineModule(AlignModule):
         if last:
             self.trainer.should_stop = True
 
+    def collect(self, batch: Mapping[str, Any]) -> tuple[Experience, dict[str, float]]:
+        """Samples of a batch of prompts with all that the loss needs, and their metrics."""
+        started = time.perf_counter()
+        rollout = self.sample(batch)
+        sampled = time.perf_counter()
+        experience, metrics = self.experience(rollout)
+        return experience, metrics | {"time/rollout": sampled - started, "time/score": time.perf_counter() - sampled}
+
     def kl_guard(self, kl: float) -> bool:
         """Whether the hard KL limit is reached, by the moving average of three iterations."""
-        self.recent_kl = [*self.recent_kl, kl][-3:]
+        self.recent_kl = [*self.recent_kl, kl][-GUARD_WINDOW:]
         return self.stop_at_kl is not None and sum(self.recent_kl) / len(self.recent_kl) > self.stop_at_kl
 
-    def sample(self, batch: Mapping[str, Any]) -> Rollout:
-        """Completions of a batch of prompts; seeds depend on run seed, iteration, rank and row only."""
-        first = self.base_seed + SEED_STRIDE * (self.iteration * self.trainer.world_size + self.trainer.global_rank + 1)
-        return self.draw(batch, self.sampling, first)
+    def seed(self) -> int:
+        """First of the sampling seeds that belong to this run."""
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) * RUN_STRIDE
 
-    def draw(self, batch: Mapping[str, Any], params: SamplingParams, first_seed: int) -> Rollout:
-        """Completions from the current weights, row i with seed ``first_seed + i``."""
-        rows = len(batch["prompt_ids"]) * params.num_samples
+    def sample(self, batch: Mapping[str, Any]) -> Rollout:
+        """Completions of a batch of prompts; seeds depend on the run's, the iteration and the row among all ranks."""
+        rows = len(batch["prompt_ids"]) * self.sampling.num_samples
+        first = self.seed() + ITERATION_STRIDE * self.iteration + self.trainer.global_rank * rows
+        return self.draw(batch, self.sampling, range(first, first + rows))
+
+    def draw(self, batch: Mapping[str, Any], params: SamplingParams, seeds: Sequence[int]) -> Rollout:
+        """Completions from the current weights, one seed for each."""
         self.sampler.refresh()
-        seeds = range(first_seed, first_seed + rows)
         return self.sampler.generate(batch["prompt_ids"], params, seeds=seeds, records=batch["records"]).to(self.device)
 
     @torch.no_grad()
-    def stats(self, model: nn.Module, rollout: Rollout, *, entropy: bool = False, temperature: float | None = None,
-              against: nn.Module | None = None) -> TokenStats:
+    def stats(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        *,
+        entropy: bool = False,
+        temperature: float | None = None,
+        against: nn.Module | None = None,
+    ) -> TokenStats:
         """Token statistics of a whole rollout without gradient, a micro-batch at a time."""
-        parts = []
-        for rows in rollout_slices(len(rollout), self.micro_batch_size):
-            parts.append(
-                token_stats(
-                    model,
-                    rollout.input_ids[rows],
-                    rollout.attention_mask[rows],
-                    mask=rollout.completion_mask[rows],
-                    temperature=self.temperature if temperature is None else temperature,
-                    entropy=entropy,
-                    ref_model=against,
-                )
+        parts = [
+            token_stats(
+                model,
+                rollout.input_ids[rows],
+                rollout.attention_mask[rows],
+                mask=rollout.completion_mask[rows],
+                temperature=self.temperature if temperature is None else temperature,
+                entropy=entropy,
+                ref_model=against,
             )
-        return TokenStats(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+            for rows in slices(len(rollout), self.micro_batch_size)
+        ]
+        logp, *others = zip(*parts, strict=True)
+        return TokenStats(torch.cat(logp), *(None if column[0] is None else torch.cat(column) for column in others))
 
     def scores(self, reward: Reward, rollout: Rollout) -> Scores:
         """Scores of completions as text: the reward model may use another tokenizer."""
@@ -244,34 +308,53 @@ class OnlineModule(AlignModule):
             records=rollout.records,
         )
 
+    # ------------------------------------------------------------------ learning
     def learn(self, experience: Experience) -> dict[str, float]:
         """Inner epochs of shuffled minibatches; one optimiser step each."""
         optimizer = self.optimizers()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
-        generator = torch.Generator().manual_seed(self.base_seed + SEED_STRIDE * self.iteration)
-        sums: Sums = {}
+        generator = torch.Generator().manual_seed(ITERATION_STRIDE * self.iteration + self.seed() // RUN_STRIDE)
+        sums: Metrics = {}
         for _ in range(self.num_epochs):
             for minibatch in experience.minibatches(self.num_mini_batches, generator):
-                normaliser = self._all_reduce(minibatch.completion_mask.sum().float()).clamp(min=1)
-                slices = list(rollout_slices(len(minibatch), self.micro_batch_size))
-                step_sums: Sums = {}
-                for index, rows in enumerate(slices):
-                    with self.sync_only_if(index == len(slices) - 1):
-                        # gradients are averaged over ranks, the normaliser is global: undo the average
-                        loss, micro = self.minibatch_loss(minibatch.select(rows), normaliser)
-                        self.manual_backward(loss * self.trainer.world_size)
-                    add_sums(step_sums, micro)
+                step_sums = self.step_gradients(minibatch)
                 if self.skip_step(step_sums):
                     optimizer.zero_grad()  # type: ignore[union-attr]
-                    return self._ratios(sums)
-                norm = self.clip_gradients_(parameters)
-                add_sums(step_sums, {"policy/grad_norm": (norm, torch.ones_like(norm))})
+                    return self.ratios(sums)
+                for role, parameters in self.clipped_together().items():
+                    norm = self.clip_gradients_(parameters)
+                    add_sums(step_sums, {f"{role}/grad_norm": (norm, torch.ones_like(norm))})
                 optimizer.step()  # type: ignore[union-attr]
                 optimizer.zero_grad()  # type: ignore[union-attr]
                 add_sums(sums, step_sums)
-        return self._ratios(sums)
+        return self.ratios(sums)
 
-    def skip_step(self, sums: Sums) -> bool:
+    def step_gradients(self, minibatch: Experience) -> Metrics:
+        """Gradients of one optimiser step, a micro-batch at a time; returns its metrics."""
+        normaliser = self.all_reduce(minibatch.completion_mask.sum().float()).clamp(min=1)
+        objectives = self.further_objectives()
+        for rows in slices(len(minibatch), self.micro_batch_size):
+            objectives.append(partial(self._micro_loss, minibatch, rows, normaliser))
+        sums: Metrics = {}
+        for index, objective in enumerate(objectives):
+            with self.sync_only_if(index == len(objectives) - 1):
+                loss, micro = objective()
+                # gradients are averaged over ranks, the normaliser is global: undo the average
+                self.manual_backward(loss * self.trainer.world_size)
+            add_sums(sums, micro)
+        return sums
+
+    def _micro_loss(self, minibatch: Experience, rows: slice, normaliser: Tensor) -> tuple[Tensor, Metrics]:
+        return self.minibatch_loss(minibatch.select(rows), normaliser)
+
+    def further_objectives(self) -> list[Objective]:
+        """Hook: losses on other data that are added to every optimiser step."""
+        return []
+
+    def clipped_together(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by role; the gradient norm is taken and limited for each role by itself."""
+        return {"policy": list(self.model.parameters())}
+
+    def skip_step(self, sums: Metrics) -> bool:
         """Hook: leave the inner epochs before this step is taken."""
         return False
 
@@ -281,47 +364,48 @@ class OnlineModule(AlignModule):
         if last or not isinstance(strategy, DDPStrategy):
             return nullcontext()
         assert strategy.model is not None
-        return strategy.model.no_sync()  # type: ignore[operator,no-any-return,union-attr]
+        return strategy.model.no_sync()  # type: ignore[operator]
 
     # ------------------------------------------------------------------ evaluation
     def evaluate_policy(self) -> None:
         """Sample once for every held-out prompt, at temperature 1, with seeds that no training sample uses."""
-        for batch in self.trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
-            self.validation_step(batch, 0)
+        for index, batch in enumerate(self.trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
+            self.validation_step(batch, index)
         self.on_validation_epoch_end()
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Proxy, gold, and exact sequence KL of one batch of held-out prompts."""
-        params = SamplingParams(
-            max_new_tokens=self.sampling.max_new_tokens, stop_strings=self.sampling.stop_strings, temperature=1.0
-        )
-        rollout = self.draw(batch, params, EVAL_SEED + self._eval_rows)
-        self._eval_rows += len(rollout)
+        params = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, stop_strings=self.sampling.stop_strings)
+        rollout = self.draw(batch, params, self.evaluation_seeds(batch["prompt_ids"]))
         stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.reference, entropy=True)
         assert stats.kl is not None
         assert stats.entropy is not None
-        kl = stats.kl.sum(1)
+        kl = sequence_kl(stats.kl, rollout.completion_mask)
         proxy = self.scores(self.frozen.reward, rollout)
-        columns = {"lab/proxy": proxy.total, "lab/kl": kl}
         gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
-        if gold is not None:
-            columns["lab/gold"] = gold.total
-            columns |= {f"lab/gold_{name}": part for name, part in gold.parts.items()}
-        columns |= self.length_columns(rollout)
-        sums: Sums = {name: (value.nansum(), (~value.isnan()).sum()) for name, value in columns.items()}
+        sums = column_sums({"lab/kl": kl, **score_columns(proxy, gold), **length_columns(rollout)})
         sums["entropy"] = (stats.entropy.sum(), rollout.completion_mask.sum())
         self.add_eval_sums(sums)
         self._eval_samples += sample_rows(rollout, proxy, gold, kl)
 
+    def evaluation_seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """One seed a prompt, from its tokens: the same however prompts are spread over batches and ranks."""
+        seeds = []
+        for ids in prompts:
+            key = crc32(np.asarray(ids, dtype=np.int64).tobytes())
+            seeds.append(self.seed() + EVALUATION + key + self._eval_seen[key])
+            self._eval_seen[key] += 1  # the same prompt again draws another sample
+        return seeds
+
     def on_validation_epoch_end(self) -> None:
         """Log the held-out evaluation and its first samples; the step is the iteration."""
-        metrics = self._ratios(self._eval_sums)
+        metrics = self.ratios(self._eval_sums)
         samples = self._eval_samples[:SAMPLE_ROWS]
-        self._eval_sums, self._eval_samples, self._eval_rows = {}, [], 0
+        self._eval_sums, self._eval_samples, self._eval_seen = {}, [], Counter()
         self.label = f"step={self.iteration:05d}-kl={metrics['lab/kl']:.3f}"
         self.report({f"eval/{name}": value for name, value in metrics.items()}, step=self.iteration)
-        log_samples(self.loggers, samples, step=self.iteration)
+        log_samples(self.trainer.loggers, samples, step=self.iteration)
 
     def checkpoint_label(self) -> str | None:
         """Name of the checkpoint to keep at this point: one for each evaluation, with its KL for the lab."""
@@ -329,44 +413,30 @@ class OnlineModule(AlignModule):
         return label
 
     # ------------------------------------------------------------------ metrics of samples
-    def truncated(self, rollout: Rollout) -> Tensor:
-        """Which completions hit the length limit ``[B]``."""
-        return torch.tensor([reason == "length" for reason in rollout.finish_reason], device=self.device)
-
-    def length_columns(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Per-completion numbers behind ``completions/…``."""
-        return {
-            "completions/mean_length": rollout.completion_lengths.float(),
-            "completions/clipped_ratio": self.truncated(rollout).float(),
-        }
-
     def sample_metrics(
         self, rollout: Rollout, proxy: Scores, policy: TokenStats, reference: TokenStats
     ) -> dict[str, float]:
         """What every online method logs about an iteration's samples, averaged over all ranks."""
         mask = rollout.completion_mask
-        kl = (policy.logp - reference.logp).sum(1)
+        kl = sequence_kl(k1(policy.logp, reference.logp), mask)
+        gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
         columns = {
             "objective/kl": kl,
             "objective/entropy": -policy.logp.sum(1),
-            "lab/proxy": proxy.total,
-            **self.length_columns(rollout),
+            **score_columns(proxy, gold),
+            **length_columns(rollout),
+            **{f"rewards/{name}/mean": part for name, part in proxy.parts.items()},
         }
-        columns |= {f"rewards/{name}/mean": part for name, part in proxy.parts.items()}
         if self.temperature == 1.0 and not self.sampling.truncates:  # otherwise only the evaluation measures it
             columns["lab/kl"] = kl
-        if self.frozen.gold is not None:
-            gold = self.scores(self.frozen.gold, rollout)
-            columns["lab/gold"] = gold.total
-            columns |= {f"lab/gold_{name}": part for name, part in gold.parts.items()}
-        sums: Sums = {name: (value.nansum(), (~value.isnan()).sum()) for name, value in columns.items()}
-        difference = (policy.logp - rollout.engine_logp).abs()
-        sums["sampling/sampling_logp_difference/mean"] = (torch.where(mask, difference, 0.0).sum(), mask.sum())
-        ended = torch.tensor([reason == "eos" for reason in rollout.finish_reason], device=self.device)
-        sums["val/num_eos_tokens"] = (ended.sum(), torch.ones_like(ended.sum()))
-        metrics = self._ratios(sums)
-        metrics["sampling/sampling_logp_difference/max"] = float(torch.where(mask, difference, 0.0).max())
-        metrics["kl/per_token"] = metrics["objective/kl"] / max(metrics["completions/mean_length"], 1.0)
+        sums = column_sums(columns)
+        difference = torch.where(mask, (policy.logp - rollout.engine_logp).abs(), 0.0)
+        sums["sampling/sampling_logp_difference/mean"] = (difference.sum(), mask.sum())
+        sums["kl/per_token"] = (kl.sum(), mask.sum())
+        metrics = self.ratios(sums)
+        metrics["sampling/sampling_logp_difference/max"] = float(self.all_reduce(difference.max(), "max"))
+        ended = torch.tensor(float(rollout.finish_reason.count("eos")), device=self.device)
+        metrics["val/num_eos_tokens"] = float(self.all_reduce(ended))
         return metrics
 
     # ------------------------------------------------------------------ state
@@ -389,16 +459,3 @@ class OnlineModule(AlignModule):
         method = checkpoint["method"]
         self.iteration, self.episodes = method["iteration"], method["episodes"]
         self.recent_kl = list(method["recent_kl"])
-
-
-def sample_rows(rollout: Rollout, proxy: Scores, gold: Scores | None, kl: Tensor) -> list[dict[str, Any]]:
-    """One row for the sample table per completion."""
-    totals = torch.full_like(proxy.total, torch.nan) if gold is None else gold.total
-    columns = zip(
-        rollout.records, rollout.completions, proxy.total.tolist(), totals.tolist(), kl.tolist(), rollout.finish_reason,
-        strict=True,
-    )
-    return [
-        {"prompt": r["prompt"], "completion": text, "proxy": p, "gold": g, "kl": k, "finish_reason": reason}
-        for r, text, p, g, k, reason in columns
-    ]

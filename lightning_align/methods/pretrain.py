@@ -1,15 +1,15 @@
 """Pre-training: predict every next token."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lightning_align.methods.base import AlignModule, Sums
-from lightning_align.methods.language_model import language_model_sums, with_perplexity
+from lightning_align.methods.language_model import LanguageModelModule
 
 
-class PretrainModule(AlignModule):
+class PretrainModule(LanguageModelModule):
     """Next-token prediction on documents that are packed without seeing each other. Reads ``text`` records.
 
     Args:
@@ -37,10 +37,11 @@ class PretrainModule(AlignModule):
             **kwargs,
         )
 
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
-        """Token-weighted negative log-likelihood."""
-        return language_model_sums(self.model, batch, entropy=False)
-
-    def eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Perplexity from the global token mean."""
-        return with_perplexity(metrics)
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Also nats and bytes of text, which compare models with different vocabularies."""
+        _, sums = self.loss(batch)
+        nats, _ = sums["loss"]
+        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        texts = self.tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+        sums["bits_per_byte"] = (nats / math.log(2), nats.new_tensor(sum(len(text.encode()) for text in texts)))
+        self.add_eval_sums(sums)

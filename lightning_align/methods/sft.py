@@ -1,15 +1,11 @@
 """Supervised fine-tuning: imitate demonstrations."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from lightning_align.methods.base import AlignModule, Sums
-from lightning_align.methods.language_model import language_model_sums, with_perplexity
+from lightning_align.methods.language_model import LanguageModelModule
 
 
-class SFTModule(AlignModule):
+class SFTModule(LanguageModelModule):
     """Supervised fine-tuning (InstructGPT, Ouyang et al. 2022, step 1). Reads ``sft`` records.
 
     The loss is the token-weighted mean over the completions' tokens, the one that ends the turn included.
@@ -22,11 +18,3 @@ class SFTModule(AlignModule):
 
     def __init__(self, *, learning_rate: float = 2e-5, weight_decay: float = 0.1, **kwargs: Any) -> None:
         super().__init__(learning_rate=learning_rate, weight_decay=weight_decay, **kwargs)
-
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Sums]:
-        """Token-weighted negative log-likelihood of the completions."""
-        return language_model_sums(self.model, batch, entropy=self.logs_this_step())
-
-    def eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Perplexity from the global token mean."""
-        return with_perplexity(metrics)

@@ -136,11 +136,17 @@ def load_causal_lm(
     return loaded.network
 
 
-def count_parameters(source: str, tokenizer: PreTrainedTokenizerBase | None = None) -> int:
-    """Parameters of the causal language model of ``source``, shared ones once, without loading any weights."""
+def count_parameters(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, auto_class: Any = AutoModelForCausalLM
+) -> int:
+    """Parameters of ``source`` as a causal language model (or another auto class), without loading any weights.
+
+    Shared ones count once; a classifier is one with a single label.
+    """
     config = load_config(resolve_source(source), tokenizer)
+    config.num_labels = 1
     with torch.device("meta"), _quiet():
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        network = auto_class.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in network.parameters())
 
 

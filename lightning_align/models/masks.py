@@ -5,7 +5,7 @@ silently wrong under eager attention, and positions alone leak across documents.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -103,6 +103,32 @@ def _within_window(visible: Tensor, position_ids: Tensor, window: int) -> Tensor
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     zero = torch.zeros((), dtype=dtype, device=visible.device)
     return torch.where(visible, zero, torch.finfo(dtype).min)[:, None]
+
+
+def unpack_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A packed batch with every document in a row of its own, padded on the right; other entries as they are.
+
+    Args:
+        batch: ``document_ids`` ``[B, T]`` (−1 for padding) and further tensors of that shape.
+    """
+    documents = batch["document_ids"]
+    shape = documents.shape
+    # documents are numbered within a row; number them through
+    keys = torch.where(
+        documents >= 0, documents + torch.arange(len(documents), device=documents.device)[:, None] * shape[1], -1
+    )
+    _, row, lengths = keys[keys >= 0].unique_consecutive(return_inverse=True, return_counts=True)
+    column = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
+    size = (len(lengths), int(lengths.max()) if len(lengths) else 0)
+    unpacked = {}
+    for name, values in batch.items():
+        if values.shape != shape:
+            unpacked[name] = values
+            continue
+        unpacked[name] = values.new_zeros(size).index_put((row, column), values[keys >= 0])
+    filled = torch.arange(size[1], device=row.device) < lengths[:, None]
+    unpacked["document_ids"] = torch.where(filled, 0, -1)
+    return unpacked
 
 
 @contextlib.contextmanager

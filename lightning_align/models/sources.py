@@ -62,10 +62,10 @@ def local_only(source: ModelSource) -> bool:
     """
     if source.kind != "hub":
         return True
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(source.location, "config.json"), str)
-    if not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT):
+    if hub_reachable():
         return False
     if not cached:
         raise UserError(
@@ -73,6 +73,13 @@ def local_only(source: ModelSource) -> bool:
             "check the spelling, or the network"
         )
     return True
+
+
+def hub_reachable() -> bool:
+    """Whether the hub may be asked and can be."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _reachable(constants.ENDPOINT)
 
 
 def _reachable(endpoint: str) -> bool:

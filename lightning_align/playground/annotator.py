@@ -73,8 +73,9 @@ class Annotator:
         """Probabilities that the first of two values is preferred, that they tie, and that the second is preferred."""
         odds = (first - second) / self.temperature
         win, lose = sigmoid(odds - self.ties), sigmoid(-odds - self.ties)
+        tie = max(0.0, 1 - win - lose)  # rounding would make it negative
         coin = self.noise / 2
-        return (1 - self.noise) * win + coin, (1 - self.noise) * (1 - win - lose), (1 - self.noise) * lose + coin
+        return (1 - self.noise) * win + coin, (1 - self.noise) * tie, (1 - self.noise) * lose + coin
 
     def compare(self, random: Random, first: float, second: float) -> Judgement:
         """Judge two values."""

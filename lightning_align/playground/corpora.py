@@ -85,12 +85,11 @@ def records(
     if useless := {name for name, value in given.items() if value is not None} - _OPTIONS[kind]:
         raise UserError(f"playground option {min(useless)} has no meaning for records of kind {kind}")
     check_split(split)
-    if size is not None and size < 0:
-        raise UserError(f"size is {size}: give a number of records")
+    size = _size(kind, split, size)
     source = _source(kind, split, seed, aspect or "gold", quality, unsafe, families)
     annotator = _annotator(temperature, noise, ties, aspect)
     made = _MAKERS[kind](source, annotator, 4 if k is None else k, strength is not False)
-    return list(islice(made, SIZES[kind][split != "train"] if size is None else size))
+    return list(islice(made, size))
 
 
 class Agreement(NamedTuple):
@@ -130,7 +129,7 @@ def annotator_agreement(
     check_split(split)
     source = _source("preference", split, seed, aspect or "gold", quality, unsafe, families)
     annotator = _annotator(temperature, noise, ties, aspect)
-    size = SIZES["preference"][split != "train"] if size is None else size
+    size = _size("preference", split, size)
     total = same = best = entropy = 0.0
     for request, (first, second) in islice(_groups(source, 2), size):
         win, _, lose = annotator.probabilities(annotator.value(request, first), annotator.value(request, second))
@@ -192,6 +191,12 @@ def _source(
     # a text seeds Python's generator the same way in every process
     content, labels = Random(f"content {kind} {split} {seed}"), Random(f"labels {kind} {split} {seed}")
     return _Source(content, labels, split, (safe, harmful), unsafe, quality)
+
+
+def _size(kind: str, split: str, size: int | None) -> int:
+    if size is not None and size < 0:
+        raise UserError(f"size is {size}: give a number of records, 0 or more")
+    return SIZES[kind][split != "train"] if size is None else size
 
 
 def _annotator(temperature: float | None, noise: float | None, ties: float | None, aspect: Aspect | None) -> Annotator:

@@ -161,7 +161,8 @@ def parse(prompt: str) -> Request:
     for family, template, pattern in _PATTERNS:
         if found := pattern.fullmatch(instruction):
             return Request(family, template, found.groupdict())
-    raise UserError(f"the playground has no prompt {instruction!r}: its gold score reads its own prompts only")
+    shown = instruction if len(instruction) <= 80 else f"{instruction[:80]} …"
+    raise UserError(f"the playground has no prompt {shown!r}: its gold score reads its own prompts only")
 
 
 def split_of(prompt: str) -> Split:
@@ -202,9 +203,12 @@ def _reverse(random: Random, template: str) -> dict[str, str]:
 
 
 def _sort(random: Random, template: str) -> dict[str, str]:
-    if "{numbers}" in template:
-        return {"numbers": " ".join(random.sample(world.NUMBERS, random.randint(2, 4)))}
-    return _reverse(random, template)
+    numbers = "{numbers}" in template
+    words = random.sample(world.NUMBERS if numbers else world.ITEMS, random.randint(2, 4))
+    # saying sorted words again would be a right answer
+    while words == sorted(words, key=world.VALUE_OF.__getitem__ if numbers else None):
+        random.shuffle(words)
+    return {"numbers" if numbers else "words": " ".join(words)}
 
 
 def _count(random: Random, template: str) -> dict[str, str]:

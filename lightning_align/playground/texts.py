@@ -16,9 +16,10 @@ from lightning_align.playground.bodies import listed
 from lightning_align.playground.gold import Explanation, explain
 from lightning_align.playground.requests import SEPARATOR, Request
 
-LONGEST = 62  # words of a document; with the tokens around it fewer than 64
+LONGEST = 61  # words of a document; with the tokens at both ends fewer than 64
 DrawRequest = Callable[[Random], Request]
 WORST_GOLD, BEST_GOLD = -2.0, 3.0  # rated one and ten
+WORTH_ASKING = 0.4  # difference in units of gold that comparisons have where one can be found
 QUESTIONS: dict[Aspect, str] = {"gold": "better", "helpfulness": "more helpful", "safety": "safer"}
 
 
@@ -62,9 +63,9 @@ def rating_prompt(prompt: str, completion: str) -> str:
     return f"{_joined(prompt, completion)} rating :"
 
 
-def critique(found: Explanation, principle: Principle) -> str:
+def critique(request: Request, completion: str, principle: Principle) -> str:
     """What a fair critic says of an answer under a principle."""
-    fault = _FAULTS[principle.name](found)
+    fault = _FAULTS[principle.name](request, explain(request, completion))
     return f"no , it {fault} ." if fault else f"yes , it is {principle.name} ."
 
 
@@ -82,7 +83,7 @@ def _joined(prompt: str, completion: str) -> str:
     return f"{prompt} {completion.strip()}"
 
 
-def _fault_safe(found: Explanation) -> str:
+def _fault_safe(request: Request, found: Explanation) -> str:
     if found.harmful:
         return "is harmful"
     if found.rude:
@@ -90,27 +91,29 @@ def _fault_safe(found: Explanation) -> str:
     return "" if found.score.safety == 1 else "is not safe"
 
 
-def _fault_helpful(found: Explanation) -> str:
+def _fault_helpful(request: Request, found: Explanation) -> str:
     if found.score.helpfulness >= 0.75 or (found.declined and found.score.helpfulness >= 0.55):
         return ""
     if found.grade.task < 0.5:
         return "is wrong"
-    return _fault_clear(found) or "is not very helpful"
+    return _fault_clear(request, found) or "is not very helpful"
 
 
-def _fault_polite(found: Explanation) -> str:
+def _fault_polite(request: Request, found: Explanation) -> str:
     if found.rude:
         return "is rude"
+    if request.family == "words":  # who counts words adds none
+        return ""
     return ("is not polite", "", "")[found.polite] if found.polite <= 2 else "is too polite"
 
 
-def _fault_clear(found: Explanation) -> str:
+def _fault_clear(request: Request, found: Explanation) -> str:
     if found.repeated > 1:
         return "repeats itself"
     return "is too long" if found.long or found.grade.stray > 1 else ""
 
 
-_FAULTS: dict[str, Callable[[Explanation], str]] = {
+_FAULTS: dict[str, Callable[[Request, Explanation], str]] = {
     **{"safe": _fault_safe, "helpful": _fault_helpful, "polite": _fault_polite, "clear": _fault_clear},
 }
 
@@ -140,18 +143,22 @@ def _fact(random: Random, draw_request: DrawRequest, quality: Mapping[str, float
 def _critique(random: Random, draw_request: DrawRequest, quality: Mapping[str, float]) -> str:
     request, principle = draw_request(random), random.choice(PRINCIPLES)
     answer = sample_answer(random, request, draw_tier(random, {"good": 1, "fair": 2, "poor": 2, "gushing": 1}))
-    said = critique(explain(request, answer), principle)
+    said = critique(request, answer, principle)
     revised = sample_answer(random, request, draw_tier(random, {"excellent": 3, "good": 1}))
     return revision_prompt(request.prompt, answer, principle, said) + revised
 
 
 def _comparison(random: Random, draw_request: DrawRequest, quality: Mapping[str, float]) -> str:
-    request = draw_request(random)
     aspect: Aspect = random.choice(("gold", "gold", "helpfulness", "safety"))
     judge = Annotator(temperature=0.3, aspect=aspect)
-    first, second = (sample_answer(random, request, draw_tier(random, quality)) for _ in range(2))
-    verdict = judge.compare(random, judge.value(request, first), judge.value(request, second))
-    return f"{comparison_prompt(request.prompt, first, second, aspect)} {('first', 'second')[verdict.winner]} ."
+    for _ in range(10):  # most pairs are equally safe: whoever reads coin flips learns nothing
+        request = draw_request(random)
+        first, second = (sample_answer(random, request, draw_tier(random, quality)) for _ in range(2))
+        values = judge.value(request, first), judge.value(request, second)
+        if abs(values[0] - values[1]) >= WORTH_ASKING:
+            break
+    reply = ("first", "second")[judge.compare(random, *values).winner]
+    return f"{comparison_prompt(request.prompt, first, second, aspect)} {reply} ."
 
 
 def _rating(random: Random, draw_request: DrawRequest, quality: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The words of the playground: about 300 of them, in lower case, and what they have to do with each other."""
+"""The words of the playground: about 250 of them, in lower case, and what they have to do with each other."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -79,13 +79,17 @@ CLOSERS = (
 POLITE_PHRASES: tuple[str, ...] = (*OPENERS, *CLOSERS)
 
 PUNCTUATION = (".", ",", ":", "?")
-# Words that carry no content of their own: they never count as off-topic.
+# Words that hold a sentence together: they never count as off-topic.
 FUNCTION_WORDS = (
     *("a", "an", "the", "my", "our", "i", "you", "it", "is", "are", "of", "and", "or"),
-    *("not", "no", "yes", "in", "at", "to", "with", "for", "from", "here", "there", "this", "that", "these"),
-    *("can", "could", "will", "must", "do", "does", "have", "use", "some", "me", "so", "very"),
-    *("think", "maybe", "well", "also", "like", "sorry", "instead", "help", "about", "answer", "next", "word"),
-    *("words", "means", "mean", "way", "night", "order", "now", "then"),
+    *("not", "no", "yes", "in", "at", "to", "with", "for", "from", "there", "this", "that", "these"),
+    *("can", "could", "will", "must", "do", "have", "use", "me", "so", "very"),
+    *("think", "sorry", "instead", "help", "answer", "next", "word", "means"),
+)
+# Words that no answer needs.
+FILLERS = (
+    *("maybe", "well", "also", "like", "some", "about", "way", "night", "order", "now", "then", "here", "does"),
+    *("mean", "words"),
 )
 INSTRUCTION_WORDS = (
     *("list", "name", "give", "but", "say", "something", "write", "sentence", "praise", "reverse", "sort", "numbers"),
@@ -103,7 +107,7 @@ def vocabulary() -> tuple[str, ...]:
     """Every word and punctuation mark that a record can contain, sorted."""
     groups: tuple[Iterable[str], ...] = (
         *(ITEMS, KINDS, NUMBERS, PERSONS, OWNERS, ADJECTIVES, KIND_WORDS, RUDE_WORDS, CODE, USEFUL, USEFUL_WORDS),
-        *(HARMS, HARMFUL_WORDS, PUNCTUATION, FUNCTION_WORDS, INSTRUCTION_WORDS, JUDGE_WORDS),
+        *(HARMS, HARMFUL_WORDS, PUNCTUATION, FUNCTION_WORDS, FILLERS, INSTRUCTION_WORDS, JUDGE_WORDS),
         *OFFERS.values(),
         *(phrase.split() for phrase in (*POLITE_PHRASES, *DECLINES)),
     )

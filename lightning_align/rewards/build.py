@@ -71,7 +71,9 @@ def parse_reward(spec: str | Mapping[str, Any], *, default_name: str = "reward")
     return parts
 
 
-def _part(name: str, value: Any) -> PartSpec:
+def _part(name: Any, value: Any) -> PartSpec:
+    if not isinstance(name, str) or not name:
+        raise UserError(f"reward part {name!r} has no name: give a mapping of name to a source or {{source, weight}}")
     if isinstance(value, str):
         return PartSpec(name, value, 1.0)
     if not isinstance(value, Mapping) or not isinstance(value.get("source"), str):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_align.data.encode import encode_pair
+from lightning_align.data.encode import encode_pairs
 from lightning_align.models.heads import RewardModel
 from lightning_align.models.loading import load_tokenizer
 from lightning_align.rewards.base import Prompt
@@ -52,14 +52,24 @@ class LearnedReward:
         records: Sequence[Mapping[str, Any]],
     ) -> Tensor:
         """One normalised score per completion ``[B]``; an unfinished one is read at its last token, without EOS."""
-        encoded = [
-            self._fit(encode_pair(self.tokenizer, prompt, completion, finished=ended).input_ids)
-            for prompt, completion, ended in zip(prompts, completions, finished, strict=True)
-        ]
+        encoded = self._encode(prompts, completions, finished)
         scores = torch.empty(len(encoded))
         for rows in _batches([len(ids) for ids in encoded], self.max_batch_tokens):
             scores[rows] = self._forward([encoded[row] for row in rows])
         return scores
+
+    def _encode(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], finished: Sequence[bool]
+    ) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in prompts]
+        for ended in (True, False):
+            group = [row for row, value in enumerate(finished) if bool(value) is ended]
+            pairs = encode_pairs(
+                self.tokenizer, [prompts[row] for row in group], [completions[row] for row in group], finished=ended
+            )
+            for row, pair in zip(group, pairs, strict=True):
+                rows[row] = self._fit(pair.input_ids)
+        return rows
 
     def _fit(self, ids: list[int]) -> list[int]:
         if len(ids) <= self.max_length:

@@ -1,8 +1,8 @@
 """How each supported architecture maps to a decoder plan.
 
-A plan refers to the module's own parameters, except where it needs them in another layout: query, key and value projections
-are joined (and their rotary pairs made neighbours), gate and up projections are joined. Those are copies, to be made again when
-the weights have changed; building a plan is that refresh.
+A plan refers to the module's own parameters, except where it needs them in another layout: query, key and value
+projections are joined (and their rotary pairs made neighbours), gate and up projections are joined, and on a CPU large projections are
+packed. Those are copies, to be made again when the weights have changed; building a plan is that refresh.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_align.errors import UserError
-from lightning_align.rollout.decoder import DecoderPlan, Layer, Norm, Projection
+from lightning_align.rollout.decoder import DecoderPlan, Layer, Norm
+from lightning_align.rollout.projection import Projection, make_projection
 
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
 
@@ -149,7 +150,7 @@ def _gated_plan(
                 qkv=_joined_qkv(attention.q_proj, attention.k_proj, attention.v_proj, head_dim),
                 out=_projection(attention.o_proj),
                 mlp_norm=norm(block.pre_feedforward_layernorm if sandwich else block.post_attention_layernorm),
-                up=_joined([mlp.gate_proj, mlp.up_proj]),
+                up=make_projection(*_joined([mlp.gate_proj, mlp.up_proj])),
                 down=_projection(mlp.down_proj),
                 scale=attention.scaling,
                 query_norm=head_norm(attention.q_norm) if qk_norm else None,
@@ -182,7 +183,7 @@ def _layer_windows(model: Any) -> list[int | None]:
 
 def _require_causal(model: Any) -> None:
     if model.config.use_bidirectional_attention:
-        raise UserError("engine static has causal attention only (use_bidirectional_attention is set): use engine generate")
+        raise UserError("engine static has causal attention only, not use_bidirectional_attention: use engine generate")
 
 
 def _require_fixed_rope(parameters: dict[str, Any], *, by_layer_type: bool) -> None:
@@ -214,30 +215,33 @@ def _neighbours(head_dim: int, device: torch.device) -> Tensor:
 
 
 def _joined_qkv(query: nn.Module, key: nn.Module, value: nn.Module, head_dim: int) -> Projection:
-    """Query, key and value projection as one, the dimensions of query and key heads reordered; dot products are the same."""
-    joined = _joined([query, key, value])
-    rotated = query.weight.shape[0] + key.weight.shape[0]  # type: ignore[operator,union-attr,index]
-    device = joined.weight.device
-    order = torch.arange(joined.weight.shape[1], device=device)
-    order[:rotated] = order[:rotated].view(-1, head_dim)[:, _neighbours(head_dim, device)].reshape(-1)
-    return Projection(joined.weight.t()[order].t(), None if joined.bias is None else joined.bias[order])
+    """Query, key and value projection as one, query and key dimensions reordered: dot products are the same."""
+    weight, bias = _joined([query, key, value])
+    rotated = _linear(query)[0].shape[1] + _linear(key)[0].shape[1]
+    order = torch.arange(weight.shape[1], device=weight.device)
+    order[:rotated] = order[:rotated].view(-1, head_dim)[:, _neighbours(head_dim, weight.device)].reshape(-1)
+    return make_projection(weight.t()[order].t(), None if bias is None else bias[order])
 
 
-def _joined(modules: list[Any]) -> Projection:
-    """Several linear layers over the same input as one."""
-    parts = [_projection(module) for module in modules]
-    weight = torch.cat([part.weight.t() for part in parts]).t()
-    if all(part.bias is None for part in parts):
-        return Projection(weight)
-    return Projection(weight, torch.cat([part.bias for part in parts if part.bias is not None]))
+def _joined(modules: list[nn.Module]) -> tuple[Tensor, Tensor | None]:
+    """Weight [in, out] and bias of several linear layers over the same input, side by side."""
+    parts = [_linear(module) for module in modules]
+    weight = torch.cat([part.t() for part, _ in parts]).t()
+    if all(bias is None for _, bias in parts):
+        return weight, None
+    return weight, torch.cat([part.new_zeros(part.shape[1]) if bias is None else bias for part, bias in parts])
 
 
 def _projection(module: nn.Module) -> Projection:
-    """A linear layer as it is; anything that wraps one (adapters, quantisation) would be bypassed, so it is refused."""
+    return make_projection(*_linear(module))
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [in, out] and bias of a linear layer; what wraps one (adapters, quantisation) is refused, not bypassed."""
     if type(module) is nn.Linear:
-        return Projection(module.weight.t(), module.bias)
+        return module.weight.t(), module.bias
     if type(module) is Conv1D:
-        return Projection(module.weight, module.bias)
+        return module.weight, module.bias
     raise UserError(f"engine static reads plain linear layers, not {type(module).__name__}: use engine generate")
 
 

@@ -1,7 +1,7 @@
 """A decoder-only transformer over another module's weights, with a static key-value cache.
 
-Two entry points: `prefill` runs whole prompts, `step` one token of every active row. Rows need no common length: a row's token
-at position t lies in slot t of its cache, so prompts are padded on the right and padding is overwritten by what follows.
+Two entry points: `prefill` runs whole prompts, `step` one token of every active row. Rows need no common length: a row's
+token at position t lies in slot t of its cache, so prompts are padded on the right and what follows overwrites the padding.
 
 Axes: n rows, p prompt slots, h hidden, H query heads, K key-value heads, D head dimension, G = H / K.
 """
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning_align.rollout.cache import KVCache
+from lightning_align.rollout.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,6 @@ class Norm:
         if self.bias is None:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """x @ weight + bias; weight is [in, out] (a view of a torch Linear's, or a GPT-2 Conv1D's own)."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.mm(x, self.weight)
-        return torch.addmm(self.bias, x, self.weight)
-
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + x @ weight + bias, written into ``residual``."""
-        residual.addmm_(x, self.weight)
-        return residual if self.bias is None else residual.add_(self.bias)
 
 
 @dataclass(frozen=True)
@@ -88,40 +73,6 @@ class DecoderPlan:
     logit_softcap: float | None = None
 
 
-class KVCache:
-    """Keys and values of ``rows`` sequences with ``slots`` positions each: [layers, 2, rows, K, slots, D]."""
-
-    def __init__(self, plan: DecoderPlan, rows: int, slots: int) -> None:
-        like = plan.embedding
-        # zeros, not empty: a masked slot still enters 0 · value, and 0 · NaN is NaN
-        self.data = torch.zeros(
-            (len(plan.layers), 2, rows, plan.num_kv_heads, slots, plan.head_dim), dtype=like.dtype, device=like.device
-        )
-        self.slots = slots
-        heads = torch.arange(2 * rows * plan.num_kv_heads, device=like.device).view(2, rows, plan.num_kv_heads)
-        # first flat slot of every (row, keys|values, head), in the order in which a projection yields them
-        self.first_slot = heads.transpose(0, 1).reshape(rows, -1) * slots
-
-    def write(self, layer: int, index: Tensor, keys_values: Tensor) -> None:
-        """Put the key and value heads [n, 2K, D] of one token per row into the flat slots ``index`` [n · 2K]."""
-        self.data[layer].view(-1, self.data.shape[-1]).index_copy_(0, index, keys_values.reshape(len(index), -1))
-
-    def read(self, layer: int, rows: int, slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first ``rows`` rows and ``slots`` slots, each [n · K, slots, D], without a copy."""
-        keys, values = self.data[layer, :, :rows].flatten(1, 2)[:, :, :slots]
-        return keys, values
-
-    def fill(self, layer: int, first: int, keys_values: Tensor, samples: int) -> None:
-        """Write whole prompts [n, p, 2, K, D] into ``samples`` rows each, beginning at row ``first``."""
-        prompts, slots = keys_values.shape[:2]
-        rows = self.data[layer, :, first : first + prompts * samples, :, :slots]
-        rows.unflatten(1, (prompts, samples)).copy_(keys_values.permute(2, 0, 3, 1, 4)[:, :, None])
-
-    def move(self, source: Tensor, target: Tensor, slots: int) -> None:
-        """Copy the first ``slots`` slots of rows ``source`` over rows ``target``."""
-        self.data[:, :, target, :, :slots] = self.data[:, :, source, :, :slots]
-
-
 class Decoder:
     """Runs a plan."""
 
@@ -129,10 +80,13 @@ class Decoder:
         self.plan = plan
         self.rotations: dict[str, Tensor] = {}
 
-    def prepare(self, slots: int) -> None:
-        """Compute the rotations of the first ``slots`` positions."""
-        if self.plan.rope is not None:
-            self.rotations = self.plan.rope(torch.arange(slots, device=self.plan.embedding.device))
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for ``rows`` sequences of at most ``capacity`` tokens; computes the rotations of those positions."""
+        plan = self.plan
+        if plan.rope is not None:
+            self.rotations = plan.rope(torch.arange(capacity, device=plan.embedding.device))
+        heads = (len(plan.layers), plan.num_kv_heads, plan.head_dim)
+        return KVCache(*heads, rows=rows, capacity=capacity, like=plan.embedding)
 
     def prefill(self, ids: Tensor, lengths: Tensor, cache: KVCache, first_row: int, samples: int) -> Tensor:
         """Logits [n, V] after each of n prompts, whose keys and values go to ``samples`` cache rows each.
@@ -146,6 +100,7 @@ class Decoder:
         """
         plan = self.plan
         prompts, slots = ids.shape
+        cache.reserve(min(slots + 1, cache.capacity))
         positions = torch.arange(slots, device=ids.device).repeat(prompts)
         x = self._embed(ids.view(-1), positions)
         rotations = {name: table[positions] for name, table in self.rotations.items()}
@@ -176,18 +131,19 @@ class Decoder:
         """
         plan = self.plan
         rows = len(tokens)
+        cache.reserve(longest)
         x = self._embed(tokens, positions)
         rotations = {name: table[positions] for name, table in self.rotations.items()}
         index = (cache.first_slot[:rows] + positions[:, None]).reshape(-1)
         masks = {
-            window: self._step_mask(positions, longest, window, x.dtype)
+            window: self._step_mask(positions, cache.slots, window, x.dtype)
             for window in {layer.window for layer in plan.layers}
         }
         for number, layer in enumerate(plan.layers):
             heads = self._heads(layer, layer.attention_norm(x), rotations)
             cache.write(number, index, heads[:, plan.num_heads :])
             query = heads[:, : plan.num_heads].reshape(rows * plan.num_kv_heads, -1, plan.head_dim)
-            keys, values = cache.read(number, rows, longest)
+            keys, values = cache.read(number, rows)
             attended = _attention(query, keys, values, masks[layer.window], layer.scale, plan.attention_softcap)
             x = self._finish_layer(layer, x, attended.view(rows, -1))
         return self._logits(x)

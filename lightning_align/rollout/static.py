@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
 from lightning_align.rollout.adapters import build_plan
-from lightning_align.rollout.decoder import Decoder, KVCache
+from lightning_align.rollout.decoder import Decoder
 from lightning_align.rollout.ledger import Ledger
 from lightning_align.rollout.types import Rollout, SamplingParams
 
@@ -88,8 +88,7 @@ class StaticCacheEngine:
         last = torch.tensor([ids[-1] for ids in prompt_ids], device=self.model.device)
         lengths = torch.tensor([len(ids) for ids in heads], device=self.model.device)
         longest = int(lengths.max()) + 1
-        cache = KVCache(self._decoder.plan, len(heads), longest)
-        self._decoder.prepare(longest)
+        cache = self._decoder.new_cache(len(heads), longest)
         self._decoder.prefill(_padded(heads, self.model.device), lengths, cache, 0, 1)
         return self._decoder.step(last, lengths, cache, longest)
 
@@ -111,8 +110,7 @@ class Batch:
         self.decoder, self.ledger, self.rows = decoder, ledger, rows
         # the last token of a sequence is never decoded, so it needs no slot
         slots = max(len(ids) for ids in ledger.prompt_ids) + ledger.params.max_new_tokens - 1
-        self.cache = KVCache(decoder.plan, rows, slots)
-        decoder.prepare(slots)
+        self.cache = decoder.new_cache(rows, slots)
         self.size = 0
         self.longest = 0
         empty = torch.zeros(rows, dtype=torch.int64, device=ledger.device)
@@ -147,11 +145,13 @@ class Batch:
 
     def _next_units(self, queue: deque[Unit]) -> list[Unit]:
         """Waiting units that fit: free rows, prompt tokens of one prefill, as many samples as the first."""
+        samples = len(queue[0].sequences)
+        most = (self.rows - self.size) // samples
         units = [queue.popleft()]
-        samples = len(units[0].sequences)
-        width = len(self.ledger.prompt_ids[units[0].prompt])  # the queue is sorted: no later prompt is longer
-        most = min((self.rows - self.size) // samples, max(1, PREFILL_TOKENS // width))
         while queue and len(units) < most and len(queue[0].sequences) == samples:
+            width = len(self.ledger.prompt_ids[queue[0].prompt])  # the queue is sorted: no earlier prompt is longer
+            if (len(units) + 1) * width > PREFILL_TOKENS:
+                break
             units.append(queue.popleft())
         return units
 
@@ -174,15 +174,19 @@ class Batch:
         if source:
             target = torch.tensor([row for row in gone if row < size], device=self.ledger.device)
             moved = torch.tensor(source, device=self.ledger.device)
-            self.cache.move(moved, target, int(self.lengths[moved].max()))
+            self.cache.move(moved, target)
             for column in (self.sequences, self.lengths, self.sampled, self.tokens):
                 column[target] = column[moved]
         self.size = size
 
 
 def _queue(prompt_ids: Sequence[Sequence[int]], num_samples: int, rows: int) -> deque[Unit]:
-    """All sequences, longest prompts first: neighbours need little padding, and the widest cache is needed once."""
-    order = sorted(range(len(prompt_ids)), key=lambda prompt: -len(prompt_ids[prompt]))
+    """All sequences, shortest prompts first.
+
+    Neighbours then need little padding, the rows of a batch have similar lengths (early ones are further along), and the cache
+    grows only when it must.
+    """
+    order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
     return deque(
         Unit(prompt, range(prompt * num_samples + first, prompt * num_samples + min(first + rows, num_samples)))
         for prompt in order

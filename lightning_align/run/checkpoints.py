@@ -74,16 +74,15 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         self.stop.install()  # the Trainer has just registered its own handlers
 
     def on_loop_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """From here on a signal waits for the end of the step."""
+        """Keep the start if it is to be kept; from here on a signal waits for the end of the step."""
+        self._save_labelled(trainer)
         self.stop.install()
         self.stop.defer(True)
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Save what is due; then stop if a signal came."""
         self._step = step
-        label = self.label()
-        if label is not None:
-            self._save(trainer, f"{label}.ckpt")
+        self._save_labelled(trainer)
         stopping = self.stop.requested
         if trainer.world_size > 1:  # all processes must stop at the same step, whichever got the signal
             stopping = trainer.strategy.reduce_boolean_decision(stopping, all=False)
@@ -105,6 +104,11 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
             stopped = isinstance(exception, Interrupted)
             error = None if stopped else f"{type(exception).__name__}: {exception}"
             self.run.update(status="interrupted" if stopped else "failed", step=self._step, error=error)
+
+    def _save_labelled(self, trainer: Trainer) -> None:
+        label = self.label()
+        if label is not None:
+            self._save(trainer, f"{label}.ckpt")
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save(trainer, self.run.last_checkpoint.name)

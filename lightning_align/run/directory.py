@@ -29,7 +29,7 @@ _VERSIONED = ("torch", "lightning", "transformers", "tokenizers", "datasets", "j
 
 
 class RunDirectory:
-    """``root/name``. The constructor and :meth:`check` touch nothing; :meth:`open` writes, once all else is known to be good.
+    """``root/name``. The constructor and :meth:`check` touch nothing; :meth:`open` writes, once all else is good.
 
     Args:
         root: Folder that holds all runs.

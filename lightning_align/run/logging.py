@@ -37,8 +37,8 @@ def log_samples(loggers: Iterable[Logger], rows: Sequence[Mapping[str, Any]], *,
 class FileLogger(RunLogger):
     """``metrics.csv`` and ``samples.jsonl`` in the run directory; every row is on disk when the call returns.
 
-    Columns are sorted (``step`` first) and may appear at any time; the file is then rewritten. Nothing is created before
-    the first row, so that a run which fails early leaves nothing.
+    Columns are sorted (``step`` first) and may appear at any time; the file is then rewritten. Nothing is created
+    before the first row, so that a run which fails early leaves nothing.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -99,7 +99,7 @@ def random_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (name, [int(key) for key in keys], *rest),  # type: ignore[union-attr]
+        "numpy": (name, [int(key) for key in keys], *rest),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

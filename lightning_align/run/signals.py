@@ -18,8 +18,8 @@ class StopRequest:
     """Context manager that turns signals into a flag which the training loop reads between two batches.
 
     Until :meth:`defer` is called there is no step to finish, and the first signal raises :class:`Interrupted`. A stage
-    whose pipeline has gone (it was killed) counts as asked to stop, so that nobody trains unseen in the directory that the
-    next pipeline will continue. A run started by hand may outlive its terminal.
+    whose pipeline has gone (it was killed) counts as asked to stop, so that nobody trains unseen in the directory that
+    the next pipeline will continue. A run started by hand may outlive its terminal.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,203 @@
+"""Statistics of rows of logits in library calls: the fast CPU implementation, which works on any device.
+
+:class:`NativeRows` has the two passes over a chunk of logits that every vocabulary operation is made of. Where only
+log-probs are wanted, forward leaves probabilities in place of the logits: backward is then matrix products alone, with
+the upstream gradient of a row multiplied into its hidden state. Nothing is compiled: in cache, the exponentials of a
+chunk cost a tenth of its products, and a compiler would take seconds to save less (docs/kernels.md has the figures).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# p·log p is 0 in float32 and float64 below this log p; unlike −inf, it can be multiplied by p = 0.
+LEAST_LOG_P = -1e4
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to compute of rows, and how logits become log-probabilities: softmax(cap·tanh(x/cap)/temperature).
+
+    Args:
+        temperature: Of the policy.
+        softcap: Of the policy, or None.
+        entropy: Whether to compute entropies.
+        argmax: Whether to find the most likely token.
+        kl: Whether there is a reference.
+        ref_temperature: Of the reference.
+        ref_softcap: Of the reference, or None.
+    """
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    entropy: bool = False
+    argmax: bool = False
+    kl: bool = False
+    ref_temperature: float = 1.0
+    ref_softcap: float | None = None
+
+    @property
+    def log_probs_only(self) -> bool:
+        """Whether probabilities are all that backward needs of a row."""
+        return not self.entropy and not self.kl and self.softcap is None
+
+
+class RowStats(NamedTuple):
+    """Statistics of rows ``[n]`` in float32 or wider; None where not wanted. ``labels`` lie inside the vocabulary."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    ref_lse: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+class RowGrads(NamedTuple):
+    """Upstream gradients of rows ``[n]``; those of entropy and KL are None where they are zero."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class NativeRows:
+    """Forward and backward of chunks of rows, with scratch memory that serves one chunk after another."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self._scratch: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ forward
+    def forward(self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False) -> RowStats:
+        """Statistics of logits ``[n, V]`` for labels ``[n]`` in ``[0, V)``.
+
+        With ``overwrite``, ``x`` holds the probabilities afterwards if ``wanted.log_probs_only``, else nothing of use.
+        """
+        wanted = self.wanted
+        z = self._transformed(x, wanted.temperature, wanted.softcap, "z", overwrite)
+        picked = z.gather(1, labels[:, None])[:, 0]
+        peak, argmax = z.max(1) if wanted.argmax else (z.amax(1), None)
+        out = self._buffer("z", x) if z is x and not overwrite else z
+        # the largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once
+        if wanted.entropy or wanted.kl:
+            torch.log_softmax(z, 1, out=out)
+            log_sum = out.amax(1).neg_()
+        else:
+            torch.softmax(z, 1, out=out)
+            log_sum = out.amax(1).log_().neg_()
+            if overwrite and out is not x:
+                x.copy_(out)
+        stats = RowStats((picked - peak).sub_(log_sum), peak + log_sum, argmax=argmax)
+        return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
+
+    def _expectations(self, log_p: Tensor, ref_x: Tensor | None, stats: RowStats) -> RowStats:
+        """Adds entropy and KL; overwrites ``log_p``."""
+        p = torch.exp(log_p, out=self._buffer("p", log_p))
+        if ref_x is not None:
+            y = self._transformed(ref_x, self.wanted.ref_temperature, self.wanted.ref_softcap, "y")
+            log_q = self._buffer("y", ref_x)
+            peak = y.amax(1)
+            torch.log_softmax(y, 1, out=log_q)
+            ref_lse = peak - log_q.amax(1)
+            kl = torch.sub(log_p, log_q, out=log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(1)
+            stats = stats._replace(kl=kl, ref_lse=ref_lse)
+        if self.wanted.entropy:
+            stats = stats._replace(entropy=log_p.clamp_(min=LEAST_LOG_P).mul_(p).sum(1).neg_())
+        return stats
+
+    # ------------------------------------------------------------------ backward
+    def backward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        stats: RowStats,
+        grads: RowGrads,
+        ref_x: Tensor | None = None,
+        *,
+        owned: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient with respect to the logits ``x`` ``[n, V]``, in scratch memory of float32 or wider.
+
+        dz_j = g_lp·1[j = label] + p_j·(g_lse − g_lp − g_H·(log p_j + H) + g_kl·(log p_j − log q_j − KL)), then through
+        temperature and soft-cap. The column of the label takes 1 − p from the log-prob: by subtraction it would be lost
+        to rounding as p nears 1. Where ``owned`` is false the label is not one of these columns.
+        """
+        z = self._transformed(x, self.wanted.temperature, self.wanted.softcap, "z")
+        log_p = torch.sub(z, stats.lse[:, None], out=self._buffer("z", x))
+        index = labels[:, None]
+        others = (grads.lse - grads.logp)[:, None]
+        at_label = label_gradient(stats.logp, grads, owned)
+        if grads.entropy is None and grads.kl is None:
+            grad = log_p.exp_().mul_(others)
+        else:
+            p = torch.exp(log_p, out=self._buffer("p", x))
+            rest = self._rest(log_p, p, stats, grads, ref_x)
+            at_label += (rest.gather(1, index) * p.gather(1, index))[:, 0]
+            grad = rest.add_(others).mul_(p)
+        grad.scatter_(1, index, at_label[:, None])
+        return self._through_transform(grad, x)
+
+    def _rest(self, log_p: Tensor, p: Tensor, stats: RowStats, grads: RowGrads, ref_x: Tensor | None) -> Tensor:
+        """What entropy and KL multiply p_j with; overwrites ``log_p``."""
+        rest = None
+        if grads.kl is not None:
+            assert ref_x is not None
+            assert stats.kl is not None
+            assert stats.ref_lse is not None
+            y = self._transformed(ref_x, self.wanted.ref_temperature, self.wanted.ref_softcap, "y")
+            log_q = torch.sub(y, stats.ref_lse[:, None], out=self._buffer("y", ref_x))
+            rest = torch.sub(log_p, log_q, out=log_q).masked_fill_(p == 0, 0.0)
+            rest.sub_(stats.kl[:, None]).mul_(grads.kl[:, None])
+        if grads.entropy is not None:
+            assert stats.entropy is not None
+            of_entropy = log_p.clamp_(min=LEAST_LOG_P).add_(stats.entropy[:, None]).mul_(-grads.entropy[:, None])
+            rest = of_entropy if rest is None else rest.add_(of_entropy)
+        assert rest is not None
+        return rest
+
+    def _through_transform(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Back through temperature and soft-cap, in place."""
+        if self.wanted.softcap is not None:
+            slope = self._buffer("p", x).copy_(x).mul_(1 / self.wanted.softcap).tanh_().square_().neg_().add_(1)
+            grad.mul_(slope)
+        return grad if self.wanted.temperature == 1.0 else grad.mul_(1 / self.wanted.temperature)
+
+    # ------------------------------------------------------------------ both
+    def _transformed(
+        self, x: Tensor, temperature: float, softcap: float | None, name: str, overwrite: bool = False
+    ) -> Tensor:
+        """cap·tanh(x/cap)/temperature in float32 or wider: ``x`` itself where that changes nothing, else scratch memory."""
+        wide = x.dtype == statistics_dtype(x.dtype)
+        if wide and softcap is None and temperature == 1.0:
+            return x
+        z = x if wide and overwrite else self._buffer(name, x).copy_(x)
+        if softcap is not None:
+            return z.mul_(1 / softcap).tanh_().mul_(softcap / temperature)
+        return z if temperature == 1.0 else z.mul_(1 / temperature)
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """Scratch memory of that name, as large as ``like``, in float32 or wider."""
+        held = self._scratch.get(name)
+        if held is None or len(held) < len(like):
+            held = self._scratch[name] = torch.empty_like(
+                like, dtype=statistics_dtype(like.dtype), memory_format=torch.contiguous_format
+            )
+        return held[: len(like)]
+
+
+def label_gradient(logp: Tensor, grads: RowGrads, owned: Tensor | None) -> Tensor:
+    """The label's column of the gradient ``[n]``, but for entropy and KL: g_lp·(1 − p) + g_lse·p."""
+    p = logp.exp()
+    complement = torch.expm1(logp)
+    if owned is not None:
+        complement = torch.where(owned, complement, p)
+    return torch.addcmul(grads.lse * p, grads.logp, complement, value=-1)

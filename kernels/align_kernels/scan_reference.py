@@ -1,0 +1,139 @@
+"""Reference of the scan operations: loops over tokens in float64, as the formulas are written. Slow, and the truth in tests.
+
+Sequences lie end to end in flat rows: sequence i is the half-open span ``spans[i]``, of a padded row or between two
+boundaries of ``cu_seqlens``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log_rho: Tensor | None,
+    *,
+    gamma: float,
+    lam: float,
+    mask_mode: str,
+    rho_bar: float,
+    c_bar: float,
+) -> tuple[Tensor, Tensor]:
+    """A_t = ρ_t (r_t + γ V_n − V_t) + γλ c_t A_n over the steps of each sequence, n the step after t; returns A + V.
+
+    Arguments as in :func:`align_kernels.gae`; ρ_t = min(ρ̄, e^log_rho), c_t = min(c̄, e^log_rho), both 1 without them.
+    """
+    reward, value = _numbers(rewards), _numbers(values)
+    valid = _numbers(mask) if mask is not None else [1.0] * len(reward)
+    done = _numbers(dones) if dones is not None else [0.0] * len(reward)
+    rho = [math.exp(x) for x in _numbers(log_rho)] if log_rho is not None else [1.0] * len(reward)
+    rho_cap, c_cap = (rho_bar, c_bar) if log_rho is not None else (1.0, 1.0)
+    advantages, returns = [0.0] * len(reward), [0.0] * len(reward)
+    for index, (lo, hi) in enumerate(spans(rewards, cu_seqlens)):
+        after = float(bootstrap[index]) if bootstrap is not None else 0.0
+        next_value, next_advantage = after, 0.0
+        seen = False  # a valid step to the right
+        for t in reversed(range(lo, hi)):
+            if not valid[t] and mask_mode != "dense":
+                if mask_mode == "stop" and seen:
+                    next_value, next_advantage = 0.0, 0.0
+                continue
+            seen = True
+            if done[t]:
+                next_value, next_advantage = 0.0, 0.0
+            delta = min(rho_cap, rho[t]) * (reward[t] + gamma * next_value - value[t])
+            next_advantage = delta + gamma * lam * min(c_cap, rho[t]) * next_advantage
+            next_value = value[t]
+            if valid[t]:
+                advantages[t], returns[t] = next_advantage, next_advantage + value[t]
+    return _tensor(advantages, rewards, values), _tensor(returns, rewards, values)
+
+
+def token_kl(logp: float, ref_logp: float, estimator: str) -> float:
+    """k1 d, k2 d²/2 or k3 e^−d − 1 + d for d = logp − ref_logp."""
+    d = logp - ref_logp
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d * d / 2
+    # The first form loses everything to rounding where d is small.
+    return math.expm1(-d) + d if abs(d) > 1e-3 else d * d / 2 - d**3 / 6 + d**4 / 24
+
+
+def shaped_rewards(
+    logp: Tensor,
+    ref_logp: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    score_clip: float,
+) -> tuple[Tensor, Tensor]:
+    """r_t = −β kl_t on valid tokens, the clipped score added on each sequence's last one; and Σ kl_t per sequence."""
+    policy, reference, valid = _numbers(logp), _numbers(ref_logp), _numbers(mask)
+    rewards, sums = [0.0] * len(policy), []
+    for index, (lo, hi) in enumerate(spans(logp, cu_seqlens)):
+        steps = [t for t in range(lo, hi) if valid[t]]
+        kl = [token_kl(policy[t], reference[t], kl_estimator) for t in steps]
+        for t, x in zip(steps, kl, strict=True):
+            rewards[t] = -kl_coef * x
+        if steps:
+            rewards[steps[-1]] += min(max(float(scores[index]), -score_clip), score_clip)
+        sums.append(math.fsum(kl))
+    return _tensor(rewards, logp, ref_logp), torch.tensor(sums, dtype=_dtype(logp, ref_logp), device=logp.device)
+
+
+def moments(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Count, mean and sum of squared differences from it over each sequence's valid tokens, ``[S, 3]``."""
+    number, valid = _numbers(values), _numbers(mask)
+    rows = []
+    for lo, hi in spans(values, cu_seqlens):
+        kept = [number[t] for t in range(lo, hi) if valid[t]]
+        mean = sum(kept) / max(len(kept), 1)
+        rows.append([float(len(kept)), mean, sum((x - mean) ** 2 for x in kept)])
+    return torch.tensor(rows, dtype=_dtype(values), device=values.device).view(-1, 3)
+
+
+def whiten(values: Tensor, mask: Tensor, partials: Tensor, *, shift_mean: bool) -> tuple[Tensor, Tensor]:
+    """(v − mean) / sqrt(var + 1e-8) on valid tokens, the mean added back without ``shift_mean``; and (mean, var).
+
+    ``partials`` are :func:`moments`. With fewer than two valid tokens the values come back as they are.
+    """
+    triples = partials.double().tolist()
+    count = sum(n for n, _, _ in triples)
+    mean = sum(n * m for n, m, _ in triples) / max(count, 1.0)
+    var = sum(squares + n * (m - mean) ** 2 for n, m, squares in triples) / max(count, 1.0)
+    stats = torch.tensor([mean, var], dtype=partials.dtype, device=partials.device)
+    if count < 2:
+        return values.clone(), stats
+    white = (values.double() - mean) / math.sqrt(var + 1e-8) + (0.0 if shift_mean else mean)
+    return torch.where(mask.bool(), white, 0.0).to(values.dtype), stats
+
+
+def spans(tokens: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """Where each sequence begins and ends in the flattened tokens."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        return list(zip(bounds[:-1], bounds[1:], strict=True))
+    batch, length = tokens.shape
+    return [(row * length, (row + 1) * length) for row in range(batch)]
+
+
+def _numbers(tensor: Tensor) -> list[float]:
+    return tensor.double().flatten().tolist()
+
+
+def _dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+
+
+def _tensor(numbers: list[float], like: Tensor, other: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=_dtype(like, other), device=like.device).view(like.shape)

@@ -1,0 +1,182 @@
+"""``data``: look at records, convert them, write the playground's."""
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_align.cli.main import nearest
+from lightning_align.cli.options import OptionParser
+from lightning_align.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_align.data.readers import Loaded
+
+PLAYGROUND_OPTIONS = ("size", "seed", "temperature", "noise", "ties", "strength", "k", "aspect", "unsafe", "families")
+HELP = """usage: lightning-align data COMMAND [options]
+
+commands:
+  inspect FILE               what a reader finds: counts, conversions, fields, one record token by token
+  convert IN OUT --kind K    checked records with canonical fields, as .jsonl, .json, .parquet or .csv (.gz, .zst)
+  export playground --kind K --out FILE    records of the playground"""
+
+
+def main(argv: list[str]) -> int:
+    """Run the data command that ``argv`` names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if argv[0] not in COMMANDS:
+        names = list(COMMANDS)
+        raise UserError(f"unknown data command '{argv[0]}'{nearest(argv[0], names)} (there are: {', '.join(names)})")
+    COMMANDS[argv[0]](argv[1:])
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- inspect
+def inspect(argv: Sequence[str]) -> None:
+    """Print the report, the fields and one record; with a model, the record token by token."""
+    options = _inspect_parser().parse_args(argv)
+    if options.model is None and options.max_length is not None:
+        raise UserError("--max_length counts tokens: give --model too")
+    columns = dict(options.columns)
+    kind = options.kind or _detect(options.path, options.split, columns)
+    loaded = _load(options, kind, columns)
+    index = _index(options.record, len(loaded.records))
+    record = _rendered(loaded, index, options)
+    print("\n".join(loaded.report.lines()))
+    if loaded.report.bad:
+        print(f"  bad records: {loaded.report.bad:,}; the first would stop a run without on_bad_record: skip")
+    from lightning_align.data.describe import describe
+
+    print("fields:", *describe(loaded.records), sep="\n")
+    print(f"record {options.record} ({loaded.places[index]}):")
+    print(record)
+
+
+def _inspect_parser() -> OptionParser:
+    parser = OptionParser("data inspect", "Say what is in a source of records, without training.")
+    parser.add_argument("path", help="file, folder, saved dataset, hub id or playground")
+    parser.add_argument("--kind", help="kind of records (default: what the first record's fields say)")
+    _add_reading(parser, on_bad_record="skip")
+    parser.add_argument("--record", type=int, default=1, help="which record to show, from 1")
+    parser.add_argument("--model", help="show it as this model's tokens: run directory, local path or hub id")
+    parser.add_argument("--max_length", type=int, help="longest sequence in tokens")
+    return parser
+
+
+def _detect(path: str, split: str, columns: dict[str, str]) -> str:
+    from lightning_align.data.readers import detect_source_kind
+
+    found = detect_source_kind(path, split=split, columns=columns)
+    if found is None:
+        every = "it has every kind" if path == "playground" else "the fields of its first record do not tell it"
+        raise UserError(f"{path}: give --kind, because {every}")
+    return found
+
+
+def _index(number: int, total: int) -> int:
+    if not 1 <= number <= total:
+        raise UserError(f"--record is {number}: there are records 1 to {total}")
+    return number - 1
+
+
+def _rendered(loaded: "Loaded", index: int, options: Namespace) -> str:
+    if options.model is None:
+        return json.dumps(loaded.records[index], ensure_ascii=False, indent=2, default=str)
+    from lightning_align.data.inspect import render_record
+    from lightning_align.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(options.model)
+    return render_record(tokenizer, loaded.records[index], loaded.report.kind, max_length=options.max_length)
+
+
+# ------------------------------------------------------------------------------------------------------- convert
+def convert(argv: Sequence[str]) -> None:
+    """Write canonical records of what another file holds."""
+    parser = OptionParser("data convert", "Write checked records with canonical fields.")
+    parser.add_argument("path", metavar="IN", help="file, folder, saved dataset, hub id or playground")
+    parser.add_argument("out", metavar="OUT", type=Path, help="file to write; its name says the format")
+    parser.add_argument("--kind", required=True, help="kind of records to write")
+    _add_reading(parser, on_bad_record="error")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    options = parser.parse_args(argv)
+    from lightning_align.data.writers import check_target
+
+    check_target(options.out, overwrite=options.overwrite)
+    _write(_load(options, options.kind, dict(options.columns)), options)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write records of the playground, as anybody's file."""
+    parser = OptionParser("data export", "Write records of the playground.")
+    parser.add_argument("source", choices=("playground",))
+    parser.add_argument("--kind", required=True, help="kind of records")
+    parser.add_argument("--out", required=True, type=Path, help="file to write; its name says the format")
+    parser.add_argument("--split", default="train", help="train, val or test")
+    parser.add_argument("--size", type=int, help="number of records")
+    parser.add_argument("--seed", type=int, help="seed of everything (0)")
+    parser.add_argument("--temperature", type=float, help="the annotator's; higher is less reliable")
+    parser.add_argument("--noise", type=float, help="share of labels drawn by a coin")
+    parser.add_argument("--ties", type=float, help="how readily the annotator calls a tie")
+    parser.add_argument("--strength", action=argparse.BooleanOptionalAction, help="whether preferences say how strong")
+    parser.add_argument("--k", type=int, help="answers in a ranking")
+    parser.add_argument("--aspect", help="what is judged: gold, helpfulness or safety")
+    parser.add_argument("--unsafe", type=float, help="share of unsafe prompts")
+    parser.add_argument("--families", nargs="+", help="only these families of requests")
+    parser.add_argument("--quality", nargs="+", type=_weight, metavar="TIER=WEIGHT", help="where answers come from")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    options = parser.parse_args(argv)
+    from lightning_align.data.readers import load_records
+    from lightning_align.data.writers import check_target
+
+    check_target(options.out, overwrite=options.overwrite)
+    given = {name: getattr(options, name) for name in PLAYGROUND_OPTIONS if getattr(options, name) is not None}
+    if options.quality is not None:
+        given["quality"] = dict(options.quality)
+    _write(load_records("playground", options.kind, split=options.split, playground=given), options)
+
+
+def _write(loaded: "Loaded", options: Namespace) -> None:
+    from lightning_align.data.writers import write_records
+
+    write_records(loaded.records, options.out, overwrite=options.overwrite)
+    print("\n".join(loaded.report.lines()))
+    print(f"wrote {options.out}")
+
+
+# -------------------------------------------------------------------------------------------------------- shared
+def _add_reading(parser: OptionParser, *, on_bad_record: str) -> None:
+    parser.add_argument("--split", default="train", help="train, val or test, of a source that tells them apart")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], type=_column, metavar="FIELD=NAME", help="such as prompt=question"
+    )
+    parser.add_argument(
+        "--on_bad_record", choices=("error", "skip"), default=on_bad_record, help=f"default: {on_bad_record}"
+    )
+
+
+def _load(options: Namespace, kind: str, columns: dict[str, str]) -> "Loaded":
+    from lightning_align.data.readers import load_records
+
+    return load_records(options.path, kind, split=options.split, columns=columns, on_bad_record=options.on_bad_record)
+
+
+def _column(word: str) -> tuple[str, str]:
+    field, equals, column = word.partition("=")
+    if not field or not equals or not column:
+        raise argparse.ArgumentTypeError(f"give FIELD=NAME, such as prompt=question, not '{word}'")
+    return field, column
+
+
+def _weight(word: str) -> tuple[str, float]:
+    tier, _, weight = word.partition("=")
+    try:
+        return tier, float(weight)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"give TIER=WEIGHT, such as good=0.5, not '{word}'") from error
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], Any]] = {"inspect": inspect, "convert": convert, "export": export}

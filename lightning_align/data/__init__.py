@@ -1,0 +1,1 @@
+"""Records, templates, encoding, packing and the datamodules."""

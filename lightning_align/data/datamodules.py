@@ -1,0 +1,254 @@
+"""One datamodule for each kind of training data; what they share is in ``base``."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_align.data.base import BaseDataModule
+from lightning_align.data.collate import MARGINS, Batchable, PackedRows, PreferenceGroups, PromptRows
+from lightning_align.data.encode import LossOn
+from lightning_align.data.loader import EvalLoader, StreamLoader, TrainLoader
+from lightning_align.data.packing import Strategy, efficiency, pack
+from lightning_align.data.readers import detect_source_kind
+from lightning_align.data.records import Kind
+from lightning_align.data.sources import PLAYGROUND
+from lightning_align.data.splits import SplitName
+from lightning_align.data.tables import Arrays, Counts, Limit
+from lightning_align.data.tabulate import Record, Ties, preference_table, prompt_table, sft_table, text_table
+from lightning_align.errors import UserError
+from lightning_align.losses.reward_metrics import STRENGTHS
+
+__all__ = ["BaseDataModule", "PreferenceDataModule", "PromptDataModule", "SFTDataModule", "TextDataModule"]
+
+
+class TextDataModule(BaseDataModule):
+    """Documents for pre-training, each ended by EOS and packed into rows. Reads ``text`` records.
+
+    Args:
+        packing: ``bfd`` keeps documents whole where they fit, ``wrap`` fills every row, ``none`` gives each its own.
+        document_mask: Whether the documents of a row are kept apart; false is plain GPT packing.
+        on_overflow: ``split`` goes on in another row, so that no token is lost; else as for other data.
+        kwargs: The settings of :class:`BaseDataModule`.
+    """
+
+    kind: Kind = "text"
+
+    def __init__(
+        self,
+        *,
+        packing: Strategy = "bfd",
+        document_mask: bool = True,
+        on_overflow: Literal["split", "error", "drop", "truncate"] = "split",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(on_overflow="truncate" if on_overflow == "split" else on_overflow, **kwargs)
+        self.packing = packing
+        self.document_mask = document_mask
+        self.splits_documents = on_overflow == "split"
+        self.packs = packing != "none" and document_mask
+
+    def tabulate(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+    ) -> tuple[Arrays, Counts]:
+        """Documents with EOS."""
+        return text_table(tokenizer, records, places, None if self.splits_documents else limit)
+
+    def options(self) -> dict[str, Any]:
+        """Whether long documents keep their length."""
+        return {"split": self.splits_documents}
+
+    def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
+        """Packed rows."""
+        return packed_rows(self, split, table, pad_id, capacity, self.packing, document_mask=self.document_mask)
+
+
+class SFTDataModule(BaseDataModule):
+    """Demonstrations for supervised fine-tuning. Reads ``sft`` records.
+
+    Args:
+        loss_on: ``completion`` (of a ``messages`` record: its assistant turns), ``assistant`` (every assistant turn,
+            those within a prompt too) or ``all``.
+        packing: ``bfd`` packs whole records into rows, which do not see each other; ``none`` gives each its own row.
+        document_mask: Whether the records of a row are kept apart.
+        kwargs: The settings of :class:`BaseDataModule`.
+    """
+
+    kind: Kind = "sft"
+
+    def __init__(
+        self,
+        *,
+        loss_on: LossOn = "completion",
+        packing: Literal["bfd", "none"] = "none",
+        document_mask: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.loss_on = loss_on
+        self.packing: Literal["bfd", "none"] = packing
+        self.document_mask = document_mask
+        self.packs = packing != "none" and document_mask
+
+    def tabulate(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+    ) -> tuple[Arrays, Counts]:
+        """Prompts with completions, or conversations."""
+        return sft_table(tokenizer, records, places, limit, self.loss_on)
+
+    def options(self) -> dict[str, Any]:
+        """Where the loss is."""
+        return {"loss_on": self.loss_on}
+
+    def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
+        """Rows of one or more records."""
+        return packed_rows(self, split, table, pad_id, capacity, self.packing, document_mask=self.document_mask)
+
+
+class PreferenceDataModule(BaseDataModule):
+    """Comparisons for reward models and preference optimisation. Reads ``preference`` or ``ranked`` records.
+
+    One prompt is one element of a batch: with K ranked answers, all their pairs, each weighing 1 / number of pairs.
+
+    Args:
+        margin: Margin by strength: ``small`` or ``large`` (LLaMA-2's tables), ``none``, a mapping of strength to
+            margin, or ``auto``: ``small`` where records carry a strength. A record's own ``margin`` goes before it.
+        ties: ``drop`` them, or learn them as ``soft`` labels of ½.
+        aspect: Use the comparisons of this aspect only.
+        kwargs: The settings of :class:`BaseDataModule`.
+    """
+
+    kind: Kind = "preference"
+
+    def __init__(
+        self,
+        *,
+        margin: Literal["auto", "none", "small", "large"] | dict[str, float] = "auto",
+        ties: Ties = "drop",
+        aspect: Literal["helpfulness", "safety"] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if isinstance(margin, dict) and (unknown := set(margin) - set(STRENGTHS)):
+            raise UserError(f"data.margin names strength {min(unknown)!r}: there are {', '.join(STRENGTHS)}")
+        self.margin = margin
+        self.ties = ties
+        self.aspect = aspect
+        if aspect is not None and self.path == PLAYGROUND:
+            self.playground["aspect"] = aspect
+
+    def source_kind(self) -> Kind:
+        """Rankings stay together: their pairs belong in one batch."""
+        found = detect_source_kind(self.path, columns=self.columns, wanted="preference")
+        return "ranked" if found in ("ranked", "scored") else "preference"
+
+    def tabulate(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+    ) -> tuple[Arrays, Counts]:
+        """Answers with their prompts, and pairs of them."""
+        chosen = [i for i, record in enumerate(records) if self.aspect in (None, record.get("aspect"))]
+        table, counts = preference_table(
+            tokenizer, [records[i] for i in chosen], [places[i] for i in chosen], limit, self.ties
+        )
+        for index in sorted(set(range(len(records))) - set(chosen)):
+            counts.drop(f"not of aspect {self.aspect}", places[index])
+        return table, counts
+
+    def options(self) -> dict[str, Any]:
+        """What becomes of ties, and which aspect is wanted."""
+        return {"ties": self.ties, "aspect": self.aspect}
+
+    def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
+        """Groups of answers, with margins."""
+        graded = bool((table["strength"] >= 0).any())
+        name = ("small" if graded else "none") if self.margin == "auto" else self.margin
+        margins = MARGINS[name] if isinstance(name, str) else tuple(name.get(strength, 0.0) for strength in STRENGTHS)
+        if split == "train":
+            self._note_margins(table, margins, graded)
+        return PreferenceGroups(table, pad_id=pad_id, margins=margins)
+
+    def _note_margins(self, table: Arrays, margins: Sequence[float], graded: bool) -> None:
+        own = int((table["margin"] == table["margin"]).sum())  # the others are NaN
+        self.report.note("pairs", len(table["chosen"]))
+        if graded and any(margins):
+            by_strength = ", ".join(f"{name} {value:.3g}" for name, value in zip(STRENGTHS, margins, strict=True))
+            self.report.note(
+                "margin by strength", by_strength + (" (data.margin: auto)" if self.margin == "auto" else "")
+            )
+        else:
+            self.report.note("margin by strength", "none" if graded else "none, as no record carries a strength")
+        if own:
+            self.report.note("pairs with a margin of their own", own)
+
+    def reference_dataloader(self) -> EvalLoader:
+        """The training answers in order, on every process, to fix the zero of the scores."""
+        return EvalLoader(self.datasets["train"], batch_size=self.eval_batch_size)
+
+
+class PromptDataModule(BaseDataModule):
+    """Prompts for methods that sample. Reads ``prompt`` records; what is too long loses its beginning.
+
+    An iteration draws ``batch_size`` prompts on every process, epoch after epoch without end; a batch that an epoch
+    cannot fill goes on with the next.
+
+    Args:
+        kwargs: The settings of :class:`BaseDataModule`; ``max_length`` is the prompt's.
+    """
+
+    kind: Kind = "prompt"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def tabulate(
+        self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+    ) -> tuple[Arrays, Counts]:
+        """Prompts."""
+        return prompt_table(tokenizer, records, places, limit)
+
+    def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
+        """Prompts with their records."""
+        return PromptRows(table, self.splits.read(split).records)
+
+    def _build_train_loader(self) -> TrainLoader:
+        world_size, rank = self._processes()
+        return StreamLoader(
+            self.datasets["train"],
+            batch_size=self.batch_size,
+            world_size=world_size,
+            rank=rank,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
+    def _eval_loader(self, split: SplitName) -> EvalLoader | list[Any]:
+        if split not in self.datasets:
+            return []
+        world_size, rank = self._processes()
+        return EvalLoader(
+            self.datasets[split], batch_size=self.eval_batch_size, world_size=world_size, rank=rank, fill=False
+        )
+
+
+def packed_rows(
+    datamodule: BaseDataModule,
+    split: SplitName,
+    table: Arrays,
+    pad_id: int,
+    capacity: int,
+    strategy: Strategy,
+    *,
+    document_mask: bool,
+) -> PackedRows:
+    """Rows of at most ``capacity`` tokens; the report says how full they are."""
+    lengths = table["starts"][1:] - table["starts"][:-1]
+    packing = pack(
+        lengths, capacity, strategy, seed=datamodule.seed if split == "train" and datamodule.shuffle else None
+    )
+    if strategy != "none" and split == "train":
+        apart = "" if document_mask else ", documents see each other (data.document_mask: false)"
+        share = efficiency(packing, capacity)
+        datamodule.report.note(
+            "packing", f"{strategy}, {len(packing):,} rows of {capacity} tokens, {share:.1%} full{apart}"
+        )
+    return PackedRows(table, packing, pad_id=pad_id, document_mask=document_mask)

@@ -1,0 +1,282 @@
+"""From records of each kind to the arrays that a dataset is made of."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lightning_align.data.encode import (
+    Encoded,
+    LossOn,
+    encode_conversations,
+    encode_pairs,
+    encode_prompts,
+    encode_texts,
+)
+from lightning_align.data.tables import Arrays, Counts, Limit, flat, joined, keep_last
+from lightning_align.data.templates import Conventions, conventions
+from lightning_align.losses.reward_metrics import STRENGTHS
+
+Record = Mapping[str, Any]
+Ties = Literal["drop", "soft"]
+CHUNK = 4096  # records tokenised at once
+NOTHING_LEFT = "no token left to learn from"
+Row = tuple[list[int], list[bool], float, int]  # ids, loss mask, weight, index of the record
+
+
+def chunks(records: Sequence[Record], places: Sequence[str]) -> Iterator[tuple[int, Sequence[Record], Sequence[str]]]:
+    """So many records and their places at a time, with the index of the first."""
+    for start in range(0, len(records), CHUNK):
+        yield start, records[start : start + CHUNK], places[start : start + CHUNK]
+
+
+# ---------------------------------------------------------------------- text and sft
+def text_table(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit | None
+) -> tuple[Arrays, Counts]:
+    """Documents with EOS. Without a limit they keep their length: packing cuts them without losing a token."""
+    counts, parts = Counts(), []
+    for first, chunk, own_places in chunks(records, places):
+        rows: list[Row] = []
+        for index, ids in enumerate(encode_texts(tokenizer, [record["text"] for record in chunk])):
+            if limit is not None and not limit.admits({"document": len(ids)}, own_places[index], counts):
+                continue
+            kept = ids if limit is None else ids[: limit.tokens]
+            counts.add_record(len(kept), len(kept) - 1, tokens_cut=len(ids) - len(kept))
+            counts.add_sequence(had_end=True, has_end=len(kept) == len(ids))
+            rows.append((kept, [True] * len(kept), 1.0, first + index))
+        parts.append(_language_model_arrays(rows))
+    return joined(parts, {"starts": "ids"}), counts
+
+
+def sft_table(
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    places: Sequence[str],
+    limit: Limit,
+    loss_on: LossOn,
+) -> tuple[Arrays, Counts]:
+    """Demonstrations. A ``messages`` record has no completion of its own: its assistant turns take that place."""
+    counts, parts, known = Counts(), [], conventions(tokenizer)
+    for first, chunk, own_places in chunks(records, places):
+        rows: list[Row] = []
+        for index, encoded in enumerate(encode_sft(tokenizer, chunk, own_places, loss_on)):
+            place, weight = own_places[index], float(chunk[index].get("weight", 1.0))
+            if weight == 0:
+                counts.drop("its weight is 0", place)
+                continue
+            fitted = _fit(encoded, limit, place, counts, known)
+            if fitted is not None:
+                rows.append((*fitted, weight, first + index))
+        parts.append(_language_model_arrays(rows))
+    return joined(parts, {"starts": "ids"}), counts
+
+
+def encode_sft(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], loss_on: LossOn
+) -> list[Encoded]:
+    """Demonstrations as long as they are."""
+    whole = ["messages" in record or (loss_on != "completion" and _is_chat(record)) for record in records]
+    dialogues = [index for index, is_whole in enumerate(whole) if is_whole]
+    others = [index for index, is_whole in enumerate(whole) if not is_whole]
+    conversations = encode_conversations(
+        tokenizer,
+        [_messages(records[index]) for index in dialogues],
+        "assistant" if loss_on == "completion" else loss_on,
+        places=[places[index] for index in dialogues],
+    )
+    encoded = dict(zip(dialogues, conversations, strict=True))
+    pairs = encode_pairs(
+        tokenizer,
+        [records[index]["prompt"] for index in others],
+        [records[index]["completion"] for index in others],
+        places=[places[index] for index in others],
+    )
+    if loss_on == "all":
+        pairs = [pair._replace(loss_mask=[True] * len(pair.input_ids)) for pair in pairs]
+    encoded |= dict(zip(others, pairs, strict=True))
+    return [encoded[index] for index in range(len(records))]
+
+
+def _is_chat(record: Record) -> bool:
+    return not isinstance(record["prompt"], str)
+
+
+def _messages(record: Record) -> list[dict[str, Any]]:
+    return list(record["messages"]) if "messages" in record else [*record["prompt"], *record["completion"]]
+
+
+def _fit(
+    encoded: Encoded, limit: Limit, place: str, counts: Counts, known: Conventions
+) -> tuple[list[int], list[bool]] | None:
+    """Ids and loss mask, cut to the limit; None for a record that is dropped, and counted."""
+    ids, mask = encoded.input_ids, encoded.loss_mask
+    start = mask.index(True) if True in mask else len(mask)
+    lengths = start, len(ids) - start
+    if not limit.admits({"prompt": lengths[0], "completion": lengths[1]}, place, counts):
+        return None
+    before, after = limit.split(*lengths)
+    head = keep_last(ids[:start], before, known.bos_id)
+    kept, kept_mask = head + ids[start : start + after], [False] * len(head) + mask[start : start + after]
+    if not any(kept_mask[1:]):
+        counts.drop(NOTHING_LEFT, place)
+        return None
+    had_end, has_end = _ends(ids, mask, known), _ends(kept, kept_mask, known)
+    counts.add_record(len(kept), sum(kept_mask[1:]), tokens_cut=len(ids) - len(kept))
+    counts.add_sequence(had_end=had_end, has_end=has_end, split_seam=encoded.split_seam)
+    return kept, kept_mask
+
+
+def _ends(ids: list[int], mask: list[bool], known: Conventions) -> bool:
+    return bool(mask) and mask[-1] and ids[-1] in known.end_ids
+
+
+def _language_model_arrays(rows: Sequence[Row]) -> Arrays:
+    ids, starts = flat([row[0] for row in rows], np.int32)
+    return {
+        "ids": ids,
+        "starts": starts,
+        "mask": flat([row[1] for row in rows], np.bool_)[0],
+        "weight": np.array([row[2] for row in rows], dtype=np.float32),
+        "record": np.array([row[3] for row in rows], dtype=np.int64),
+    }
+
+
+# ---------------------------------------------------------------------- prompts
+def prompt_table(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+) -> tuple[Arrays, Counts]:
+    """Prompts; one that is too long loses its beginning."""
+    counts, parts, bos = Counts(), [], conventions(tokenizer).bos_id
+    for first, chunk, own_places in chunks(records, places):
+        rows, kept_records = [], []
+        for index, ids in enumerate(encode_prompts(tokenizer, [r["prompt"] for r in chunk], places=own_places)):
+            if not ids:
+                counts.drop("the prompt has no token", own_places[index])
+            elif limit.admits({"prompt": len(ids)}, own_places[index], counts):
+                kept = keep_last(ids, limit.tokens, bos)
+                counts.add_record(len(kept), 0, tokens_cut=len(ids) - len(kept))
+                rows.append(kept)
+                kept_records.append(first + index)
+        values, starts = flat(rows, np.int32)
+        parts.append({"ids": values, "starts": starts, "record": np.array(kept_records, dtype=np.int64)})
+    return joined(parts, {"starts": "ids"}), counts
+
+
+# ---------------------------------------------------------------------- preferences
+@dataclass(frozen=True)
+class Pair:
+    """Two answers of a prompt, by number, and what is known about the comparison."""
+
+    chosen: int
+    rejected: int
+    label: float = 1.0  # ½ for a tie
+    margin: float = float("nan")
+    strength: int = -1
+
+
+def preference_table(
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    places: Sequence[str],
+    limit: Limit,
+    ties: Ties,
+) -> tuple[Arrays, Counts]:
+    """Comparisons and rankings: one prompt with its answers, each once, and the pairs of them that are compared.
+
+    All answers of a prompt see the same part of it.
+    """
+    counts, parts, known = Counts(), [], conventions(tokenizer)
+    for first, chunk, own_places in chunks(records, places):
+        answers = [_answers(record) for record in chunk]
+        prompts = [record["prompt"] for record, own in zip(chunk, answers, strict=True) for _ in own]
+        where = [place for place, own in zip(own_places, answers, strict=True) for _ in own]
+        encoded = iter(encode_pairs(tokenizer, prompts, [answer for own in answers for answer in own], places=where))
+        groups = []
+        for index, record in enumerate(chunk):
+            rows = [next(encoded) for _ in answers[index]]
+            group = _group(rows, _pairs(record, ties), own_places[index], limit, counts, known)
+            if group is not None:
+                groups.append((*group, float(record.get("weight", 1.0)), first + index))
+        parts.append(_preference_arrays(groups))
+    return joined(parts, {"starts": "ids", "groups": "prompt_length", "pair_groups": "chosen"}), counts
+
+
+def _answers(record: Record) -> list[Any]:
+    return list(record["completions"]) if "completions" in record else [record["chosen"], record["rejected"]]
+
+
+def _pairs(record: Record, ties: Ties) -> list[Pair]:
+    if "completions" not in record:
+        pair = Pair(
+            0,
+            1,
+            0.5 if record.get("tie") else 1.0,
+            float(record.get("margin", "nan")),
+            STRENGTHS.index(record["strength"]) if "strength" in record else -1,
+        )
+        return [] if ties == "drop" and record.get("tie") else [pair]
+    order = record["ranks"] if "ranks" in record else [-score for score in record["scores"]]
+    pairs = []
+    for a, b in combinations(range(len(order)), 2):
+        if order[a] != order[b]:
+            pairs.append(Pair(a, b) if order[a] < order[b] else Pair(b, a))
+        elif ties == "soft":
+            pairs.append(Pair(a, b, label=0.5))
+    return pairs
+
+
+def _group(
+    rows: list[Encoded], pairs: list[Pair], place: str, limit: Limit, counts: Counts, known: Conventions
+) -> tuple[list[list[int]], int, list[Pair]] | None:
+    """Answers with the shared prompt in front, its length, and the pairs; None for a record that is dropped."""
+    if not pairs:
+        counts.drop("its answers tie", place)
+        return None
+    # a tokenizer that joins the prompt's end to an answer cannot do so here: the prompt is the same for all of them
+    prompt = rows[0].input_ids[: rows[0].prompt_length]
+    answers = [row.input_ids[row.prompt_length :] for row in rows]
+    longest = max(len(answer) for answer in answers)
+    if not limit.admits({"prompt": len(prompt), "longest answer": longest}, place, counts):
+        return None
+    before, after = limit.split(len(prompt), longest)
+    head = keep_last(prompt, before, known.bos_id)
+    kept = [answer[:after] for answer in answers]
+    pairs = [pair for pair in pairs if kept[pair.chosen] != kept[pair.rejected]]
+    if not pairs:
+        counts.drop("its answers are the same tokens", place)
+        return None
+    cut = len(prompt) - len(head) + sum(len(a) - len(b) for a, b in zip(answers, kept, strict=True))
+    counts.add_record(sum(len(head) + len(a) for a in kept), sum(len(a) for a in kept), tokens_cut=cut)
+    for row, whole, part in zip(rows, answers, kept, strict=True):
+        had_end = whole[-1:] != [] and whole[-1] in known.end_ids
+        counts.add_sequence(had_end=had_end, has_end=had_end and len(part) == len(whole), split_seam=row.split_seam)
+    return [head + answer for answer in kept], len(head), pairs
+
+
+def _preference_arrays(groups: Sequence[tuple[list[list[int]], int, list[Pair], float, int]]) -> Arrays:
+    ids, starts = flat([row for rows, *_ in groups for row in rows], np.int32)
+    pairs = [pair for _, _, own, _, _ in groups for pair in own]
+    return {
+        "ids": ids,
+        "starts": starts,
+        "prompt_length": np.array([length for rows, length, *_ in groups for _ in rows], dtype=np.int32),
+        "groups": _starts([len(rows) for rows, *_ in groups]),
+        "chosen": np.array([pair.chosen for pair in pairs], dtype=np.int32),
+        "rejected": np.array([pair.rejected for pair in pairs], dtype=np.int32),
+        "label": np.array([pair.label for pair in pairs], dtype=np.float32),
+        "margin": np.array([pair.margin for pair in pairs], dtype=np.float32),
+        "strength": np.array([pair.strength for pair in pairs], dtype=np.int8),
+        "pair_groups": _starts([len(own) for _, _, own, _, _ in groups]),
+        "weight": np.array([weight for *_, weight, _ in groups], dtype=np.float32),
+        "record": np.array([index for *_, index in groups], dtype=np.int64),
+    }
+
+
+def _starts(lengths: Sequence[int]) -> Any:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts

@@ -1,0 +1,172 @@
+"""``data``: inspect, convert, export; every mistake is one line, and nothing is left half-written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_align import playground
+from lightning_align.cli.main import run
+from lightning_align.data.readers import load_records
+
+RECORDS = [
+    {"prompt": f"p{number}", "chosen": f" good {number}", "rejected": f" bad {number}", "strength": "better"}
+    for number in range(3)
+]
+BAD = {"prompt": "p", "chosen": " good", "rejected": ""}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in (*RECORDS, BAD)))
+    return path
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {command} " in text for command in ("inspect", "convert", "export"))
+
+
+# ---------------------------------------------------------------------- inspect
+def test_inspect_says_what_a_reader_finds(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", str(pairs), "--record", "2"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[:9] == [
+        f"{pairs}: 4 records read from 1 file, 3 of kind preference kept",
+        "  dropped: 1 field rejected: is empty (first: pairs.jsonl line 4)",
+        "  bad records: 1; the first would stop a run without on_bad_record: skip",
+        "fields:",
+        "  prompt    characters: 2",
+        "  chosen    characters: 7",
+        "  rejected  characters: 6",
+        "  strength  better 100%",
+        "record 2 (pairs.jsonl line 2):",
+    ]
+    assert json.loads("\n".join(out[9:])) == RECORDS[1]
+
+
+def test_inspect_as_another_kind_with_other_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    assert run(["data", "inspect", str(tmp_path / "a.jsonl"), "--columns", "prompt=question", "completion=answer"]) == 0
+    assert "1 of kind sft kept" in capsys.readouterr().out
+    assert run(["data", "inspect", str(tmp_path / "a.jsonl")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'a.jsonl'}: give --kind, because the fields of its first record do not tell it\n"
+    )
+
+
+def test_inspect_the_playground(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", "playground", "--kind", "unpaired", "--split", "val"]) == 0
+    out = capsys.readouterr().out
+    assert "500 of kind unpaired kept" in out
+    assert "label       true in " in out
+
+
+# ---------------------------------------------------------------------- convert
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv.gz", ".json.zst"])
+def test_convert_by_suffix(suffix: str, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / f"unpaired{suffix}"
+    assert run(["data", "convert", str(pairs), str(out), "--kind", "unpaired", "--on_bad_record", "skip"]) == 0
+    text = capsys.readouterr().out
+    assert "converted: 3 preference → unpaired" in text
+    assert text.endswith(f"wrote {out}\n")
+    assert load_records(str(out), "unpaired").records == [
+        {"prompt": record["prompt"], "completion": record[side], "label": label}
+        for record in RECORDS
+        for side, label in (("chosen", True), ("rejected", False))
+    ]
+
+
+def test_convert_in_place_needs_overwrite(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "convert", str(pairs), str(pairs), "--kind", "preference", "--on_bad_record", "skip"]
+    assert run(command) == 2
+    assert capsys.readouterr().err == f"error: {pairs} exists: give another name, or --overwrite\n"
+    assert run([*command, "--overwrite"]) == 0
+    assert load_records(str(pairs), "preference").records == RECORDS
+
+
+def test_a_bad_record_stops_a_conversion_before_anything_is_written(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["data", "convert", str(pairs), str(tmp_path / "out" / "a.jsonl"), "--kind", "preference"]) == 2
+    assert capsys.readouterr().err.startswith("error: pairs.jsonl line 4: field rejected: is empty; ")
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+# ---------------------------------------------------------------------- export
+def test_export_is_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pairs.jsonl"
+    options = ["--size", "40", "--seed", "3", "--split", "test", "--ties", "0.5", "--temperature", "2", "--no-strength"]
+    mix = [
+        "--quality",
+        "good=1",
+        "poor=0.5",
+        "--unsafe",
+        "0.5",
+        "--families",
+        "list",
+        "count",
+        "theft",
+        "--noise",
+        "0.1",
+    ]
+    assert run(["data", "export", "playground", "--kind", "preference", "--out", str(out), *options, *mix]) == 0
+    assert "40 of kind preference kept" in capsys.readouterr().out
+    assert load_records(str(out), "preference").records == playground.records(
+        "preference",
+        **{"split": "test", "size": 40, "seed": 3, "ties": 0.5, "temperature": 2.0, "strength": False, "noise": 0.1},
+        **{"quality": {"good": 1.0, "poor": 0.5}, "unsafe": 0.5, "families": ["list", "count", "theft"]},
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["inspct"], "unknown data command 'inspct'; did you mean 'inspect'? (there are: inspect, convert, export)"),
+        (["inspect", "none.jsonl"], "none.jsonl: there is no such file or folder"),
+        (["inspect", "playground"], "playground: give --kind, because it has every kind"),
+        (
+            ["inspect", "playground", "--kind", "pairs"],
+            "unknown kind of records 'pairs'; did you mean 'unpaired'? (there",
+        ),
+        (
+            ["inspect", "playground", "--kind", "sft", "--record", "9999"],
+            "--record is 9999: there are records 1 to 3000",
+        ),
+        (
+            ["inspect", "playground", "--kind", "sft", "--max_length", "9"],
+            "--max_length counts tokens: give --model too",
+        ),
+        (["inspect", "x", "--columns", "prompt"], "argument --columns: give FIELD=NAME, such as prompt=question, not"),
+        (["convert", "playground", "OUT/a.txt", "--kind", "sft"], "OUT/a.txt: records are written as .jsonl, .json"),
+        (["convert", "playground", "OUT/a.jsonl"], "the following arguments are required: --kind"),
+        (
+            ["export", "playgrond", "--kind", "sft", "--out", "OUT/a.jsonl"],
+            "argument source: invalid choice: 'playgrond'",
+        ),
+        (["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--k", "3"], "playground option k has no"),
+        (
+            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--quality", "good"],
+            "argument --quality: give",
+        ),
+        (
+            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--size", "-1"],
+            "size is -1: give a number",
+        ),
+        (
+            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--size", "0"],
+            "playground holds no records",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["data", *(word.replace("OUT", str(tmp_path / "out")) for word in argv)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: " + message.replace("OUT", str(tmp_path / "out")))
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,153 @@
+"""Which checkpoint to keep: the one-standard-error rule, the knee, and the noise they rest on."""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_align.lab.runs import Curve, Point
+from lightning_align.lab.select import choose, knee, noise, one_standard_error
+
+
+def points_of(kl: list[float], gold: list[float], se: float = math.nan) -> list[Point]:
+    return [Point(i, kl=k, proxy=float(i), gold=g, gold_se=se) for i, (k, g) in enumerate(zip(kl, gold, strict=True))]
+
+
+NOISY = points_of(
+    [(0.2 * i) ** 2 for i in range(20)],
+    [1 + 0.1 * i - 0.006 * i * i + 0.03 * math.sin(37.0 * i) for i in range(20)],
+)
+
+
+# ------------------------------------------------------------------ OPT-4
+@pytest.mark.parametrize("offset", [-7.5, 0.25, 1000.0])
+def test_opt_4_shifting_gold_changes_nothing(offset: float) -> None:
+    shifted = [replace(point, gold=point.gold + offset) for point in NOISY]
+    for policy in (lambda points: one_standard_error(points)[0].step, lambda points: knee(points).step):
+        assert policy(shifted) == policy(NOISY)
+
+
+def test_opt_4_the_order_of_rows_changes_nothing() -> None:
+    for seed in range(20):
+        mixed = random.Random(seed).sample(NOISY, len(NOISY))
+        assert one_standard_error(mixed) == one_standard_error(NOISY)
+        assert knee(mixed) == knee(NOISY)
+        assert choose(Curve("a", mixed)) == choose(Curve("a", NOISY))
+
+
+def test_opt_4_ties_go_to_the_smaller_kl() -> None:
+    points = points_of([0.0, 4.0, 1.0, 2.0], [0.5, 0.9, 0.9, 0.9], se=0.0)
+    chosen, best, se = one_standard_error(points)
+    assert chosen.kl == best.kl == 1.0
+    assert se == 0.0
+    same_kl = [Point(step, kl=1.0, proxy=1.0, gold=0.9, gold_se=0.0) for step in (9, 3, 5)]
+    assert one_standard_error(same_kl)[0].step == 3
+    flat = [Point(step, kl=kl, proxy=1.0) for step, kl in ((0, 3.0), (1, 0.5), (2, 2.0))]
+    assert knee(flat).kl == 0.5
+
+
+# ------------------------------------------------------------------ gold
+def test_one_standard_error_takes_the_smallest_kl_within_it() -> None:
+    points = points_of([0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.79, 0.81, 1.0, 0.9], se=0.2)
+    chosen, best, se = one_standard_error(points)
+    assert (chosen.kl, best.kl, se) == (2.0, 3.0, 0.2)
+
+
+def test_the_error_of_the_best_counts_not_that_of_the_others() -> None:
+    points = points_of([0.0, 1.0, 2.0], [0.0, 0.9, 1.0], se=5.0)
+    points[2] = replace(points[2], gold_se=0.05)
+    assert one_standard_error(points)[0].kl == 2.0
+
+
+def test_without_errors_the_scatter_is_the_error() -> None:
+    chosen, best, se = one_standard_error(NOISY)
+    assert se == noise(NOISY, [point.gold for point in NOISY])
+    assert 0.005 < se < 0.06
+    assert chosen.gold >= best.gold - se
+    assert all(point.gold < best.gold - se for point in NOISY if point.kl < chosen.kl)
+
+
+def test_points_without_gold_are_passed_over() -> None:
+    points = [*points_of([1.0, 2.0], [0.2, 0.4], se=0.0), Point(9, kl=0.1, proxy=8.0)]
+    assert one_standard_error(points)[0].kl == 2.0
+    with pytest.raises(ValueError, match="use knee"):
+        one_standard_error(points[2:])
+
+
+# ------------------------------------------------------------------ knee
+def test_knee_of_a_broken_line_is_where_it_breaks() -> None:
+    d = np.linspace(0, 4, 17)
+    proxy = np.where(d < 1.5, 2 * d, 3 + 0.1 * (d - 1.5))
+    points = [Point(i, kl=float(x * x), proxy=float(y)) for i, (x, y) in enumerate(zip(d, proxy, strict=True))]
+    assert math.sqrt(knee(points).kl) == pytest.approx(1.5)
+
+
+def test_knee_does_not_depend_on_the_scales_of_the_axes() -> None:
+    points = [Point(i, kl=(0.3 * i) ** 2, proxy=math.tanh(0.5 * i)) for i in range(12)]
+    other = [Point(p.step, kl=100 * p.kl, proxy=3 * p.proxy - 50) for p in points]
+    assert knee(other).step == knee(points).step
+
+
+def test_knee_smooths_a_dip_before_it_looks() -> None:
+    """A single lucky value must not become the knee."""
+    d = np.linspace(0, 4, 21)
+    proxy = np.minimum(d, 2.0)
+    proxy[3] = 1.6  # far above the line, and alone
+    points = [Point(i, kl=float(x * x), proxy=float(y)) for i, (x, y) in enumerate(zip(d, proxy, strict=True))]
+    assert math.sqrt(knee(points).kl) == pytest.approx(2.0)
+
+
+def test_knee_with_negative_kl_estimates() -> None:
+    points = [Point(0, kl=-0.02, proxy=9.0), Point(1, kl=0.0, proxy=0.0), Point(2, kl=1.0, proxy=1.0)]
+    assert knee(points).step in (1, 2)
+    assert knee([Point(4, kl=-0.3, proxy=1.0)]).step == 4
+    with pytest.raises(ValueError, match="no point has a proxy"):
+        knee([Point(0, kl=1.0, gold=1.0)])
+
+
+# ------------------------------------------------------------------ noise
+def test_noise_of_independent_errors_on_a_line_is_their_deviation() -> None:
+    generator = np.random.default_rng(0)
+    d = np.sort(generator.uniform(0, 5, 4000))  # neighbours at unequal distances
+    values = 2 + 0.7 * d + generator.normal(0, 0.3, len(d))
+    points = [Point(i, kl=float(x * x)) for i, x in enumerate(d)]
+    assert noise(points, values.tolist()) == pytest.approx(0.3, rel=0.05)
+
+
+def test_noise_of_a_straight_line_is_zero_and_of_two_points_unknown() -> None:
+    points = [Point(i, kl=(0.1 * i + 0.02 * i * i) ** 2) for i in range(9)]
+    assert noise(points, [3 - 2 * point.d for point in points]) == pytest.approx(0.0, abs=1e-12)
+    assert noise(points[:2], [0.0, 5.0]) == 0.0
+
+
+def test_noise_of_points_at_one_kl_is_their_scatter() -> None:
+    points = [Point(i, kl=1.0) for i in range(2000)]
+    values = np.random.default_rng(0).normal(0, 0.2, 2000)
+    assert noise(points, values.tolist()) == pytest.approx(0.2, rel=0.1)
+
+
+def test_noise_ignores_the_order_of_the_points() -> None:
+    order = random.Random(1).sample(range(len(NOISY)), len(NOISY))
+    mixed = [NOISY[i] for i in order]
+    assert noise(mixed, [p.gold for p in mixed]) == pytest.approx(noise(NOISY, [p.gold for p in NOISY]))
+
+
+# ------------------------------------------------------------------ choose
+def test_choose_names_the_checkpoint_saved_nearest() -> None:
+    saved = {step: Path(f"step={step:05d}-kl=1.000.ckpt") for step in (0, 10, 20)}
+    curve = Curve("run", points_of([0.0, 1.0, 4.0], [0.0, 1.0, 0.5], se=0.0), checkpoints=saved)
+    curve.points = [replace(point, step=12 * point.step) for point in curve.points]
+    choice = choose(curve)
+    assert (choice.policy, choice.point.step, choice.checkpoint_step) == ("gold", 12, 10)
+    assert choice.checkpoint == saved[10]
+    assert choose(Curve("run", curve.points)).checkpoint is None
+
+
+def test_choose_falls_back_to_the_knee_without_gold() -> None:
+    curve = Curve("run", [Point(i, kl=float(i), proxy=math.sqrt(i)) for i in range(9)])
+    choice = choose(curve)
+    assert choice.policy == "knee"
+    assert choice.best is None
