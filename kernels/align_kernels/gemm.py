@@ -30,7 +30,7 @@ compute_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _bfloat16_pays() -> bool:
-    """Whether bf16 products on this CPU run at 0.8 of fp32's rate or better: the best of a few interleaved runs, 20 ms."""
+    """Whether bf16 products on this CPU reach 0.8 of fp32's rate: the best of a few interleaved runs, 20 ms."""
     operands = {
         dtype: (torch.ones(128, 256, dtype=dtype), torch.ones(256, 1024, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
@@ -74,6 +74,8 @@ def add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total += gradᵀ·hidden: ``[V, H]``, the product in the dtype of the operands, the sum in that of ``total``."""
     if total.dtype == grad.dtype:
         total.addmm_(grad.T, hidden)
+    elif grad.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, grad.T, hidden, out_dtype=torch.float32, out=total)  # not rounded between chunks
     else:
         total += grad.T @ hidden
 

@@ -54,14 +54,27 @@ class RowStats(NamedTuple):
     ref_lse: Tensor | None = None
     argmax: Tensor | None = None
 
+    def at(self, part: slice | Tensor) -> "RowStats":
+        """Of some of the rows."""
+        return RowStats(*(None if values is None else values[part] for values in self))  # type: ignore[arg-type]
+
 
 class RowGrads(NamedTuple):
-    """Upstream gradients of rows ``[n]``; those of entropy and KL are None where they are zero."""
+    """Upstream gradients of rows ``[n]``; all but that of the log-prob may be None for zero."""
 
     logp: Tensor
-    lse: Tensor
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    lse: Tensor | None = None
+
+    def at(self, part: slice | Tensor) -> "RowGrads":
+        """Of some of the rows."""
+        return RowGrads(*(None if values is None else values[part] for values in self))  # type: ignore[arg-type]
+
+    @property
+    def others(self) -> Tensor:
+        """What multiplies p_j of every column, but for entropy and KL: g_lse − g_lp."""
+        return self.logp.neg() if self.lse is None else self.lse - self.logp
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,20 +82,46 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class NativeRows:
-    """Forward and backward of chunks of rows, with scratch memory that serves one chunk after another."""
+def joined(found: list[RowStats], wanted: Wanted, like: Tensor) -> RowStats:
+    """The statistics of all chunks, or of no rows."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        return RowStats(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
+    none = like.new_empty(0, dtype=statistics_dtype(like.dtype))
+    return _of_nothing(wanted, none, none)
 
-    def __init__(self, wanted: Wanted) -> None:
+
+def _of_nothing(wanted: Wanted, zero: Tensor, lse: Tensor) -> RowStats:
+    """Statistics of rows over a vocabulary without tokens."""
+    kl = zero if wanted.kl else None
+    return RowStats(zero, lse, zero if wanted.entropy else None, kl, kl, zero.long() if wanted.argmax else None)
+
+
+class NativeRows:
+    """Forward and backward of chunks of rows, with scratch memory that serves one chunk after another.
+
+    Args:
+        wanted: What to compute.
+        leaves_probabilities: Whether forward may leave probabilities where the logits were; it does if that is all that
+            backward needs.
+    """
+
+    def __init__(self, wanted: Wanted, *, leaves_probabilities: bool = False) -> None:
         self.wanted = wanted
+        self.leaves_probabilities = leaves_probabilities and wanted.log_probs_only
         self._scratch: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ forward
     def forward(self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False) -> RowStats:
         """Statistics of logits ``[n, V]`` for labels ``[n]`` in ``[0, V)``.
 
-        With ``overwrite``, ``x`` holds the probabilities afterwards if ``wanted.log_probs_only``, else nothing of use.
+        With ``overwrite``, ``x`` holds probabilities afterwards if ``leaves_probabilities``, else nothing of use.
         """
         wanted = self.wanted
+        if not x.shape[1]:
+            zero = x.new_zeros(len(x), dtype=statistics_dtype(x.dtype))
+            return _of_nothing(wanted, zero, zero - torch.inf)
         z = self._transformed(x, wanted.temperature, wanted.softcap, "z", overwrite)
         picked = z.gather(1, labels[:, None])[:, 0]
         peak, argmax = z.max(1) if wanted.argmax else (z.amax(1), None)
@@ -94,9 +133,10 @@ class NativeRows:
         else:
             torch.softmax(z, 1, out=out)
             log_sum = out.amax(1).log_().neg_()
-            if overwrite and out is not x:
+            if overwrite and self.leaves_probabilities and out is not x:
                 x.copy_(out)
-        stats = RowStats((picked - peak).sub_(log_sum), peak + log_sum, argmax=argmax)
+        lse = torch.where(peak == -torch.inf, peak, peak + log_sum)
+        stats = RowStats((picked - peak).sub_(log_sum), lse, argmax=argmax)
         return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
 
     def _expectations(self, log_p: Tensor, ref_x: Tensor | None, stats: RowStats) -> RowStats:
@@ -131,10 +171,12 @@ class NativeRows:
         temperature and soft-cap. The column of the label takes 1 − p from the log-prob: by subtraction it would be lost
         to rounding as p nears 1. Where ``owned`` is false the label is not one of these columns.
         """
+        if not x.shape[1]:
+            return x
         z = self._transformed(x, self.wanted.temperature, self.wanted.softcap, "z")
         log_p = torch.sub(z, stats.lse[:, None], out=self._buffer("z", x))
         index = labels[:, None]
-        others = (grads.lse - grads.logp)[:, None]
+        others = grads.others[:, None]
         at_label = label_gradient(stats.logp, grads, owned)
         if grads.entropy is None and grads.kl is None:
             grad = log_p.exp_().mul_(others)
@@ -175,7 +217,7 @@ class NativeRows:
     def _transformed(
         self, x: Tensor, temperature: float, softcap: float | None, name: str, overwrite: bool = False
     ) -> Tensor:
-        """cap·tanh(x/cap)/temperature in float32 or wider: ``x`` itself where that changes nothing, else scratch memory."""
+        """cap·tanh(x/cap)/temperature in float32 or wider: ``x`` where that changes nothing, else scratch."""
         wide = x.dtype == statistics_dtype(x.dtype)
         if wide and softcap is None and temperature == 1.0:
             return x
@@ -196,8 +238,8 @@ class NativeRows:
 
 def label_gradient(logp: Tensor, grads: RowGrads, owned: Tensor | None) -> Tensor:
     """The label's column of the gradient ``[n]``, but for entropy and KL: g_lp·(1 − p) + g_lse·p."""
-    p = logp.exp()
     complement = torch.expm1(logp)
     if owned is not None:
-        complement = torch.where(owned, complement, p)
-    return torch.addcmul(grads.lse * p, grads.logp, complement, value=-1)
+        complement = torch.where(owned, complement, logp.exp())
+    gradient = grads.logp * complement.neg_()
+    return gradient if grads.lse is None else gradient.addcmul_(grads.lse, logp.exp())

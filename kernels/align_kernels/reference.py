@@ -33,7 +33,7 @@ def token_stats(
     ref_temperature: float | None = None,
     ref_softcap: float | None = None,
 ) -> TokenStats:
-    """Statistics of logits ``[…, V]``; the reference's transform is the policy's unless ``ref_temperature`` is given."""
+    """Statistics of logits ``[…, V]``; the reference is transformed like the policy by default."""
     z = transform(logits, temperature, softcap)
     lse = z.logsumexp(-1)
     log_p = z.log_softmax(-1)
@@ -127,7 +127,9 @@ def policy_loss(
         assert rollout_logp is not None
         per_token = per_token * torch.where(counted, old_logp - rollout_logp, zero).exp().clamp(max=tis_cap).detach()
     if ref_logp is not None:
-        per_token = per_token + kl_coef * kl_term(logp, torch.where(counted, ref_logp.to(logp.dtype), logp), kl_estimator)
+        per_token = per_token + kl_coef * kl_term(
+            logp, torch.where(counted, ref_logp.to(logp.dtype), logp), kl_estimator
+        )
     per_token = per_token - entropy_coef * entropy
     count = counted.sum()
     if normalizer is None:

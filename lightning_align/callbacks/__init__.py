@@ -1,1 +1,1 @@
-"""Lightning callbacks: progress, export, the guard against NaN, and the plan before the first step."""
+"""Lightning callbacks: progress, export, and the guard against NaN."""

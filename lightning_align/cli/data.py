@@ -3,7 +3,7 @@
 import argparse
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,14 @@ from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_align.data.encode import LossOn
     from lightning_align.data.readers import Loaded
+    from lightning_align.data.tables import Limit
 
 PLAYGROUND_OPTIONS = ("size", "seed", "temperature", "noise", "ties", "strength", "k", "aspect", "unsafe", "families")
+MAX_LENGTH = 1024  # the datamodules' default
 HELP = """usage: lightning-align data COMMAND [options]
 
 commands:
@@ -37,23 +42,22 @@ def main(argv: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------------------- inspect
 def inspect(argv: Sequence[str]) -> None:
-    """Print the report, the fields and one record; with a model, the record token by token."""
+    """Print the report, the fields and one record; with a model, tokens are counted and the record is shown in them."""
     options = _inspect_parser().parse_args(argv)
-    if options.model is None and options.max_length is not None:
-        raise UserError("--max_length counts tokens: give --model too")
+    if options.model is None and (options.max_length is not None or options.loss_on is not None):
+        raise UserError("--max_length and --loss_on are about tokens: give --model too")
     columns = dict(options.columns)
-    kind = options.kind or _detect(options.path, options.split, columns)
-    loaded = _load(options, kind, columns)
+    loaded = _load(options, options.kind or _detect(options.path, options.split, columns), columns)
     index = _index(options.record, len(loaded.records))
-    record = _rendered(loaded, index, options)
+    shown = _as_json(loaded.records[index]) if options.model is None else _as_tokens(loaded, index, options)
+    from lightning_align.data.describe import describe
+
     print("\n".join(loaded.report.lines()))
     if loaded.report.bad:
         print(f"  bad records: {loaded.report.bad:,}; the first would stop a run without on_bad_record: skip")
-    from lightning_align.data.describe import describe
-
     print("fields:", *describe(loaded.records), sep="\n")
     print(f"record {options.record} ({loaded.places[index]}):")
-    print(record)
+    print(shown)
 
 
 def _inspect_parser() -> OptionParser:
@@ -62,8 +66,9 @@ def _inspect_parser() -> OptionParser:
     parser.add_argument("--kind", help="kind of records (default: what the first record's fields say)")
     _add_reading(parser, on_bad_record="skip")
     parser.add_argument("--record", type=int, default=1, help="which record to show, from 1")
-    parser.add_argument("--model", help="show it as this model's tokens: run directory, local path or hub id")
-    parser.add_argument("--max_length", type=int, help="longest sequence in tokens")
+    parser.add_argument("--model", help="count and show this model's tokens: run directory, local path or hub id")
+    parser.add_argument("--max_length", type=int, help=f"longest sequence in tokens ({MAX_LENGTH}, as in training)")
+    parser.add_argument("--loss_on", choices=("completion", "assistant", "all"), help="see SFTDataModule (completion)")
     return parser
 
 
@@ -83,14 +88,45 @@ def _index(number: int, total: int) -> int:
     return number - 1
 
 
-def _rendered(loaded: "Loaded", index: int, options: Namespace) -> str:
-    if options.model is None:
-        return json.dumps(loaded.records[index], ensure_ascii=False, indent=2, default=str)
+def _as_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, indent=2, default=str)
+
+
+def _as_tokens(loaded: "Loaded", index: int, options: Namespace) -> str:
+    """A record token by token; the report gets the counts of all of them."""
+    from rich.console import Console
+
     from lightning_align.data.inspect import render_record
+    from lightning_align.data.tables import Limit
     from lightning_align.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
-    return render_record(tokenizer, loaded.records[index], loaded.report.kind, max_length=options.max_length)
+    kind = loaded.report.kind
+    loss_on: LossOn = options.loss_on or "completion"
+    max_length = MAX_LENGTH if options.max_length is None else options.max_length
+    if max_length < 1:
+        raise UserError(f"--max_length is {max_length}: give at least 1")
+    _count_tokens(loaded, tokenizer, Limit(max_length, "truncate"), loss_on)
+    console = Console(highlight=False)
+    with console.capture() as capture:
+        console.print(render_record(loaded.records[index], kind, tokenizer, loss_on=loss_on, max_length=max_length))
+    return capture.get().rstrip("\n")
+
+
+def _count_tokens(loaded: "Loaded", tokenizer: "PreTrainedTokenizerBase", limit: "Limit", loss_on: "LossOn") -> None:
+    """Count tokens, what is cut and what is dropped, as the datamodules do with their defaults."""
+    from lightning_align.data.tabulate import preference_table, prompt_table, sft_table, text_table
+
+    source, kind = (tokenizer, loaded.records, loaded.places), loaded.report.kind
+    if kind == "text":
+        _, counts = text_table(*source, None)
+    elif kind == "prompt":
+        _, counts = prompt_table(*source, limit)
+    elif kind in ("preference", "ranked"):
+        _, counts = preference_table(*source, limit, "drop")
+    else:
+        _, counts = sft_table(*source, limit, loss_on)
+    counts.note(loaded.report)
 
 
 # ------------------------------------------------------------------------------------------------------- convert

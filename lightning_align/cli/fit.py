@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_align.methods
 from lightning_align.callbacks.export import ExportModel
 from lightning_align.callbacks.nan_guard import NanGuard
-from lightning_align.callbacks.plan import Plan, PlanOnly
+from lightning_align.cli.plan import Plan, PlanOnly
 from lightning_align.callbacks.progress import RunProgress
 from lightning_align.cli.parsing import explain, translate_options
 from lightning_align.data.datamodules import BaseDataModule
@@ -134,6 +134,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*module.s. in eval mode.*",
         ".*is smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

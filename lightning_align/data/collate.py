@@ -139,9 +139,9 @@ class PreferenceGroups:
 
     One prompt is one element. A batch holds ``input_ids``, ``attention_mask``, ``completion_mask`` ``[R, T]``;
     ``group`` ``[R]``, which prompt of the batch an answer belongs to; and ``[P]`` of the pairs: ``pair_chosen``,
-    ``pair_rejected`` (rows), ``pair_weight`` (the record's weight / the prompt's number of pairs), ``pair_margin``, ``pair_label`` (1, or
-    ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown). ``window_weight`` is the sum of
-    ``pair_weight`` over all micro-batches of all processes in the optimiser step.
+    ``pair_rejected`` (rows), ``pair_weight`` (the record's weight / the prompt's number of pairs), ``pair_margin``,
+    ``pair_label`` (1, or ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown).
+    ``window_weight`` is the sum of ``pair_weight`` over all micro-batches of all processes in the optimiser step.
 
     Args:
         table: Answers with their prompts, groups and pairs.

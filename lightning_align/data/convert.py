@@ -5,11 +5,11 @@ is said in words, for the report.
 """
 
 import difflib
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lightning_align.data.implicit import extract_prompt
 from lightning_align.data.records import (
     Kind,
     Record,
@@ -30,9 +30,6 @@ SYNONYMS = {
     "label": ("is_good", "thumbs_up"),
     "score": ("rating", "reward"),
 }
-TRANSCRIPT = re.compile(r"\s*Human:")
-TURN = re.compile(r"\n\n(Human|Assistant):")
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 # ShareGPT's names of the roles
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 # columns under which a reward function gets something else
@@ -169,60 +166,9 @@ def _pair(fields: Record) -> Reading:
 
 
 def _implicit(fields: Record) -> Reading:
-    """A preference whose prompt is what chosen and rejected share (TRL's ``extract_prompt``)."""
-    chosen, rejected = (check_side(name, fields[name]) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise RecordError("rejected", "equals chosen", "give different answers")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if TRANSCRIPT.match(chosen) and TRANSCRIPT.match(rejected):
-            turns = _transcript("chosen", chosen), _transcript("rejected", rejected)
-            return Reading([fields | _split_messages(*turns)], "hh transcripts → prompt and answers")
-        return Reading([fields | _split_text(chosen, rejected)], "shared beginning → prompt")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return Reading([fields | _split_messages(chosen, rejected)], "shared messages → prompt")
-    raise RecordError("rejected", "is not of chosen's form", "make both texts, or both lists of messages")
-
-
-def _num_shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Length of the common beginning."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _split_text(chosen: str, rejected: str) -> Record:
-    """Prompt and answers of two texts; a space before the answers stays with them."""
-    shared = _num_shared(chosen, rejected)
-    if shared and chosen[shared - 1] == " ":
-        shared -= 1
-    if not chosen[:shared].strip():
-        raise RecordError("prompt", "is missing", "chosen and rejected share no beginning that could be the prompt")
-    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
-
-
-def _split_messages(chosen: list[Record], rejected: list[Record]) -> Record:
-    """Prompt and answers of two conversations: the shared turns, as long as both sides go on with the assistant."""
-    start = _num_shared(chosen, rejected)
-    while start and not all(len(side) > start and side[start]["role"] == "assistant" for side in (chosen, rejected)):
-        start -= 1
-    if not start:
-        raise RecordError("prompt", "is missing", "chosen and rejected share no turn that both answer")
-    return {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
-
-
-def _transcript(name: str, text: str) -> list[Record]:
-    """Messages of a ``\\n\\nHuman: … \\n\\nAssistant: …`` transcript; turns of one speaker in a row become one."""
-    parts = TURN.split("\n\n" + text.lstrip())[1:]
-    messages: list[Record] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role, content = SPEAKERS[speaker], content.strip()
-        if messages and messages[-1]["role"] == role:
-            content = f"{messages.pop()['content']}\n\n{content}".strip()
-        messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(name, "ends with the human's turn", "a transcript ends with the assistant's answer")
-    if not messages[-1]["content"]:
-        raise RecordError(name, "is empty", "the assistant's last turn needs content, or leave the record out")
-    return messages
+    """A preference whose prompt is what its sides share."""
+    sides, conversion = extract_prompt(fields["chosen"], fields["rejected"])
+    return Reading([fields | sides], conversion)
 
 
 def _sharegpt(fields: Record) -> Reading:

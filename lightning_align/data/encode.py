@@ -142,10 +142,8 @@ def encode_conversations(
     targets = [_targets(messages, loss_on) for messages in conversations]
     for index, own in enumerate(targets):
         if not own and loss_on != "all":
-            what = "does not end with" if loss_on == "completion" else "has no"
-            raise UserError(
-                f"{place_prefix(places, index)}the conversation {what} an assistant's message to learn from"
-            )
+            what = "does not end with the assistant's" if loss_on == "completion" else "has no assistant's"
+            raise UserError(f"{place_prefix(places, index)}the conversation {what} message: there is nothing to learn")
     if loss_on == "assistant" and conventions(tokenizer).has_markers:
         return _encode_turns(tokenizer, marked_turns(tokenizer, conversations, places=places))
     encoded = _encode_turns(tokenizer, inferred_turns(tokenizer, conversations, targets, places=places))

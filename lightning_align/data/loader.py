@@ -113,18 +113,20 @@ class TrainLoader:
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise UserError(
-                    f"the checkpoint was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: its "
-                    "place in the data means nothing; resume with the same data and batches, or start another run"
+                    f"the checkpoint was made with {name.replace('_', ' ')} {state.get(name)}, this run has {value}, "
+                    "and other batches: resume with the same data and settings, or start another run"
                 )
         self.epoch, self.position, self._restored = state["epoch"], state["position"], True
 
     def _identity(self) -> dict[str, int]:
         return {
-            "elements": len(self.data),
-            "tokens": int(self.data.lengths.sum()),
-            "batch_size_of_all_processes": self.batch_size * self.world_size,
-            "accumulated_batches": self.accumulate,
+            "batch_size_over_all_processes": self.batch_size * self.world_size,
+            "accumulate_grad_batches": self.accumulate,
+            "number_of_training_rows": len(self.data),
+            "number_of_training_tokens": int(self.data.lengths.sum()),
             "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "group_by_length": int(self.group_by_length),
         }
 
 

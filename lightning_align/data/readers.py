@@ -60,7 +60,7 @@ def load_records(
     source = open_source(path, wanted, split, playground)
     report = Report(source=path, kind=wanted, files=source.files, ignored=list(source.ignored))
     rows = list(source.rows)
-    _check_columns(columns or {}, rows, wanted, path)
+    _check_columns(columns or {}, rows, path)
     items = _Reader(wanted, columns or {}, on_bad_record, report).read(rows)
     if not items:
         raise UserError(_nothing_left(report))
@@ -99,15 +99,15 @@ def _nothing_left(report: Report) -> str:
     return f"{report.source}: nothing is left of {report.read:,} records; dropped {'; '.join(reasons)}"
 
 
-def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], wanted: Kind, path: str) -> None:
+def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], path: str) -> None:
     """Every column that is to be renamed is in some record."""
     if not columns:
         return
     there = dict.fromkeys(name for row in rows if not isinstance(row.fields, RecordError) for name in row.fields)
     for ours, theirs in columns.items():
         if theirs not in there:
-            known = f" (there is {', '.join(there)})"
-            raise UserError(f"{path} has no column {theirs!r} for {ours}{nearest(theirs, there)}{known}")
+            hint = f"{nearest(theirs, there)} (there is {', '.join(there)})"
+            raise UserError(f"{path} has no column {theirs!r} for {ours}{hint}")
 
 
 def _fields(row: Row, columns: Mapping[str, str]) -> Record:

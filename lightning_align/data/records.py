@@ -152,9 +152,13 @@ def _message(name: str, number: int, message: Any) -> Record:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(name, "is not a number", "write a number", found=_shown(value))
-    if not math.isfinite(value):
-        raise RecordError(name, "is not finite", "write a finite number, or leave the field out", found=str(value))
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecordError(name, "is not finite", "write a finite number, or leave the field out", found=str(number))
+    return number
 
 
 def _weight(name: str, value: Any) -> float:

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_align.data.records import Kind
+
 NAMED = 5  # files named one by one
 
 
@@ -27,7 +29,7 @@ class Report:
     """
 
     source: str
-    kind: str
+    kind: Kind
     files: int = 0
     read: int = 0
     kept: int = 0

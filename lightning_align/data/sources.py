@@ -87,9 +87,11 @@ def split_of(name: str) -> str | None:
 
 
 def _what(path: str) -> Literal["playground", "file", "folder", "saved", "hub"]:
-    file = Path(path).expanduser()
+    if not path:
+        raise UserError("the path of the data is empty")
     if path == PLAYGROUND:
         return "playground"
+    file = Path(path).expanduser()
     if file.is_file():
         return "file"
     if file.is_dir():
@@ -101,9 +103,9 @@ def _what(path: str) -> Literal["playground", "file", "folder", "saved", "hub"]:
 
 def _neighbour(path: str) -> str:
     """What the name may be a misspelling of."""
-    folder = Path(path).expanduser().parent
-    names = [str(file.relative_to(".") if str(folder) == "." else file) for file in folder.glob("*")]
-    return nearest(path, [*names, PLAYGROUND])
+    file = Path(path).expanduser()
+    names = [other.name for other in file.parent.glob("[!.]*")]
+    return nearest(file.name, [*names, PLAYGROUND])
 
 
 # ---------------------------------------------------------------------------------------------------- playground

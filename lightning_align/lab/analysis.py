@@ -20,7 +20,7 @@ from lightning_align.lab.overopt import (
 from lightning_align.lab.runs import Curve, Point
 from lightning_align.lab.select import Choice, choose, noise
 
-START_KL = SMALLEST_D**2  # a point with less KL than this is the start
+START_KL = 1e-3  # a point with less KL than this is the start; the RL form is steep there, so it must be small
 WINDOW = 3  # checkpoints that are averaged where two places of the curve are compared
 
 
@@ -166,7 +166,7 @@ def analyse(curve: Curve, *, form: FormName = "rl", free_start: bool = False) ->
 
 
 def _start(points: Sequence[Point]) -> list[Point]:
-    """Points that stand for KL 0: those nearer than the fit can use, else the first if its estimate is not positive."""
+    """Points that stand for KL 0: those that have hardly moved, else the first if its estimate is not positive."""
     near = [point for point in points if abs(point.kl) < START_KL]
     first = min(points, key=lambda point: point.step)
     return near or ([first] if first.kl <= 0 else [])

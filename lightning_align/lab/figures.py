@@ -65,8 +65,6 @@ def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_ti
         "axes.labelcolor": COLOURS["muted"],
         "xtick.color": COLOURS["muted"],
         "ytick.color": COLOURS["muted"],
-        "svg.fonttype": "none",
-        "svg.hashsalt": "lightning-align",  # element names that do not change from call to call
     }
     with mpl.rc_context(style):
         figure = Figure(
@@ -229,7 +227,7 @@ def _mark_choice(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis
     axes[0].annotate(
         f"{verb}: step {point.step}, {place}", (x, 0.98), xycoords=("data", "axes fraction"),
         xytext=(-6 if right else 6, 0), textcoords="offset points", ha="right" if right else "left", va="top",
-        weight="bold", size="small", bbox={"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 1.5}, zorder=8,
+        weight="bold", size="small", zorder=8,
     )  # fmt: skip
 
 
@@ -237,13 +235,14 @@ def _x_axis(ax: Axes, points: Sequence[Point], layout: Layout) -> None:
     """KL on a square-root scale: the distance of the formula, labelled with the number people know."""
     farthest = max(distance(point) for point in points)
     ax.set_xlim(-0.025 * (farthest or 1.0), 1.025 * (farthest or 1.0))
-    ticks: list[float] = []
+    ticks: dict[float, str] = {}
     for kl in KL_TICKS:
-        place = math.sqrt(kl)
-        room = farthest * 0.6 / layout.width
-        if place <= farthest * 1.02 and all(abs(place - tick) >= room for tick in ticks):
-            ticks.append(place)
-    ax.set_xticks(sorted(ticks), [f"{round(place**2, 4):g}" for place in sorted(ticks)])
+        place, label = math.sqrt(kl), f"{kl:g}"
+        inches = {tick: 0.2 + 0.07 * max(len(label), len(other)) for tick, other in ticks.items()}
+        clear = all(abs(place - tick) * layout.width >= farthest * room for tick, room in inches.items())
+        if place <= farthest * 1.02 and clear:
+            ticks[place] = label
+    ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set_xlabel(layout.x_label)
 
 
@@ -269,7 +268,9 @@ def svg(figure: Figure, name: str, label: str) -> str:
         ax.set_facecolor("none")
     FigureCanvasSVG(figure)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    # text as text; element names that do not change from call to call
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lightning-align"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

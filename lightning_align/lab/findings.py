@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_align.lab.analysis import START_KL, Analysis
-from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, Interval
+from lightning_align.lab.analysis import Analysis
+from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, SMALLEST_D, Interval
 
 Kind = Literal["peaks", "levels off", "rising", "risen", "falls", "falls from the start", "flat", "too few", "no gold"]
 FEWEST_FREEDOM = 2.0  # degrees of freedom of the noise: six checkpoints, unless their errors were measured
 TOO_FEW = (
-    f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above {START_KL:g}: "
-    "evaluate more often (model.eval_every)."
+    f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above "
+    f"{SMALLEST_D**2:g}: evaluate more often (model.eval_every)."
 )
 ONE_RUN = (
     "Intervals are 95 %, from this run's checkpoints alone (for the fit by a block bootstrap); they understate the "

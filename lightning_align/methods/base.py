@@ -1,5 +1,6 @@
 """The base of every method: model and tokenizer, one optimiser, metrics that mean the same on one process or many."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -258,6 +259,11 @@ class AlignModule(L.LightningModule):
         if self.trainer.world_size > 1:
             table = self.all_reduce(table.to(self.device)).cpu()
         return {name: float(num / den) for name, (num, den) in zip(names, table, strict=True) if den != 0}
+
+    def say(self, text: str) -> None:
+        """Tell the user something, once."""
+        if self.trainer.is_global_zero:
+            print(text, file=sys.stderr, flush=True)
 
     def report(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Write one row to every logger and show it to callbacks. ``step``: optimiser steps (or iterations) done."""

@@ -185,10 +185,10 @@ class PPOModule(OnlineModule):
                 "tokenizer: give auto or policy"
             )
         if self.value_init == "policy" or learned is None:
-            self.print(f"value model: from the policy {self.source}, its head at zero")
+            self.say(f"value model: from the policy {self.source}, its head at zero")
             return ValueModel.from_policy(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
         keep_head = self.value_init != "reward_backbone"
-        self.print(f"value model: from the reward model {learned}{'' if keep_head else ', its head at zero'}")
+        self.say(f"value model: from the reward model {learned}{'' if keep_head else ', its head at zero'}")
         return ValueModel.from_reward(learned, dtype=self.model_dtype, keep_head=keep_head)
 
     def parameter_roles(self) -> dict[str, int]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_align.models.loading import quiet_transformers
+
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write safetensors, configuration, tokenizer and chat template to ``folder``, which is whole whenever it exists.
@@ -24,8 +26,9 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     try:
         temporary.chmod(0o755)  # mkdtemp's is private
         _set_special_tokens(model, tokenizer)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        with quiet_transformers():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         if folder.exists():
             earlier = temporary.with_name(f"{temporary.name}.earlier")
             os.replace(folder, earlier)

@@ -44,8 +44,8 @@ class Loaded:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' report on missing and unexpected weights: we judge them ourselves."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' bars and its report on missing weights: we judge them ourselves."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -145,7 +145,7 @@ def count_parameters(
     """
     config = load_config(resolve_source(source), tokenizer)
     config.num_labels = 1
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet_transformers():
         network = auto_class.from_config(config, trust_remote_code=False)
     return sum(parameter.numel() for parameter in network.parameters())
 
@@ -198,7 +198,7 @@ def load_network(
 
 def _new_network(auto_class: Any, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     pad_token_id, config.pad_token_id = config.pad_token_id, None  # or the pad row would start at zero: pad may be EOS
-    with _quiet():
+    with quiet_transformers():
         network = auto_class.from_config(config, trust_remote_code=False)
     network.config.pad_token_id = pad_token_id
     with torch.no_grad():
@@ -215,7 +215,7 @@ def _stored_network(
         raise UserError(
             f"{source}: there is no model.safetensors in {resolved.location} (pickled weights are not read)"
         )
-    with _quiet():
+    with quiet_transformers():
         network, report = auto_class.from_pretrained(
             resolved.location,
             config=config,

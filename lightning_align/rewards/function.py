@@ -81,10 +81,10 @@ class FunctionReward:
         # one bad sequence in a batch of one says little; a function that never worked is broken
         if failed == total and (total > 1 or self.num_scored == 0):
             raise UserError(
-                f"reward {self.name} failed on all {total} completions of a batch: {type(cause).__name__}: {cause}"
+                f"reward {self.name} failed on all {total} completions of a batch: {_said(cause)}"
             ) from cause
         if failed:
-            self._note_failures(failed, f"{type(cause).__name__}: {cause}")
+            self._note_failures(failed, _said(cause))
         return values
 
     def _note_failures(self, failed: int, reason: str) -> None:
@@ -146,6 +146,11 @@ class FunctionReward:
         return {name: values for name, values in available.items() if name in wanted}
 
 
+def _said(error: Exception) -> str:
+    """An error of somebody else's code, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def load_function(spec: str) -> RewardFunction:
     """The function at ``package.module.function`` or ``path/to/file.py:function``.
 
@@ -180,7 +185,7 @@ def _module_by_name(name: str, spec: str) -> Any:
             f"reward {spec} cannot be imported: {error}; it is neither an importable function nor a path that exists"
         ) from error
     except Exception as error:  # a user's module may raise anything while it is imported
-        raise UserError(f"reward {spec}: importing {name} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"reward {spec}: importing {name} failed: {_said(error)}") from error
 
 
 def _module_from_file(path: Path, spec: str) -> Any:
@@ -193,5 +198,5 @@ def _module_from_file(path: Path, spec: str) -> Any:
     try:
         found.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything while it runs
-        raise UserError(f"reward {spec}: running {path} failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"reward {spec}: running {path} failed: {_said(error)}") from error
     return module

@@ -35,7 +35,7 @@ class LearnedReward:
         self.num_truncated = 0
 
     def _context_length(self) -> int:
-        limit = self.model.config.max_position_embeddings
+        limit = self.model.config.get_text_config().max_position_embeddings
         return min(int(limit), int(self.tokenizer.model_max_length))
 
     def to(self, device: torch.device) -> None:

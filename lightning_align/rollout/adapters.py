@@ -1,8 +1,8 @@
 """How each supported architecture maps to a decoder plan.
 
 A plan refers to the module's own parameters, except where it needs them in another layout: query, key and value
-projections are joined (and their rotary pairs made neighbours), gate and up projections are joined, and on a CPU large projections are
-packed. Those are copies, to be made again when the weights have changed; building a plan is that refresh.
+projections are joined (and their rotary pairs made neighbours), gate and up projections are joined, and on a CPU large
+projections are packed. Those are copies, to be made again when the weights have changed: by building another plan.
 """
 
 from collections.abc import Callable

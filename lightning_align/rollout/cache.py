@@ -13,8 +13,8 @@ CHUNK_BYTES = 2**20  # keys and values moved at a time when it grows: what fits 
 class KVCache:
     """Keys and values of ``rows`` sequences, [2, rows, K, slots, D] a layer.
 
-    The slots in use are contiguous in memory: reading all of them in one sweep is 3 × as fast as skipping unused ones, once the
-    cache is larger than the processor's. So it starts with few slots and grows, and readers mask the last ones.
+    The slots in use are contiguous in memory: reading all of them in one sweep is 3 × as fast as skipping unused ones,
+    once the cache is larger than the processor's. So it starts with few slots and grows, and readers mask the unused.
 
     Args:
         num_layers: Layers of the model.

@@ -1,7 +1,8 @@
 """A decoder-only transformer over another module's weights, with a static key-value cache.
 
-Two entry points: `prefill` runs whole prompts, `step` one token of every active row. Rows need no common length: a row's
-token at position t lies in slot t of its cache, so prompts are padded on the right and what follows overwrites the padding.
+Two entry points: `prefill` runs whole prompts, `step` one token of every active row. Rows need no common length: a
+row's token at position t lies in slot t of its cache, so prompts are padded on the right and what follows overwrites
+the padding.
 
 Axes: n rows, p prompt slots, h hidden, H query heads, K key-value heads, D head dimension, G = H / K.
 """
@@ -81,7 +82,7 @@ class Decoder:
         self.rotations: dict[str, Tensor] = {}
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """An empty cache for ``rows`` sequences of at most ``capacity`` tokens; computes the rotations of those positions."""
+        """An empty cache for ``rows`` sequences of at most ``capacity`` tokens; the rotations are made ready too."""
         plan = self.plan
         if plan.rope is not None:
             self.rotations = plan.rope(torch.arange(capacity, device=plan.embedding.device))
@@ -180,8 +181,10 @@ class Decoder:
         else:
             group = plan.num_heads // plan.num_kv_heads
             mask = _additive_mask(positions, slots, layer.window, query.dtype)  # [n, q, p]
-            mask = mask[:, None, None].expand(-1, plan.num_kv_heads, group, -1, -1).reshape(
-                prompts * plan.num_kv_heads, -1, slots
+            mask = (
+                mask[:, None, None]
+                .expand(-1, plan.num_kv_heads, group, -1, -1)
+                .reshape(prompts * plan.num_kv_heads, -1, slots)
             )
             attended = _attention(
                 query.reshape(prompts * plan.num_kv_heads, -1, plan.head_dim),
@@ -234,7 +237,7 @@ def _additive_mask(positions: Tensor, slots: int, window: int | None, dtype: tor
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """Softmax attention of [m, q, D] queries over [m, s, D] keys and values, with a mask that broadcasts to [m, q, s]."""
+    """Softmax attention of [m, q, D] queries over [m, s, D] keys and values; the mask broadcasts to [m, q, s]."""
     if softcap is None:
         scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=scale)
     else:

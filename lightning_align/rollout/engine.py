@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
+from lightning_align.models.masks import evaluation_mode
 from lightning_align.rollout.hf import GenerateEngine
 from lightning_align.rollout.static import StaticCacheEngine
 from lightning_align.rollout.types import Rollout, SamplingParams
@@ -31,8 +33,8 @@ class Engine(Protocol):
         Args:
             prompt_ids: Token ids of each prompt, unpadded, of any length.
             params: How to sample.
-            seeds: One per completion, the samples of a prompt side by side: len(prompt_ids) · num_samples. A completion is
-                a function of its prompt, seed and parameters; the global random state is neither read nor changed.
+            seeds: One per completion, the samples of a prompt side by side: len(prompt_ids) · num_samples. A completion
+                is a function of its prompt, seed and parameters; the global random state is neither read nor changed.
             records: One per prompt; they come back with every completion.
 
         Returns:
@@ -48,7 +50,7 @@ class Engine(Protocol):
 def build_engine(
     name: EngineName, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, max_batch: int = 128
 ) -> Engine:
-    """The engine called ``name``; ``auto`` is ours where it reproduces the model's logits, else ``generate``, with a warning."""
+    """The engine called ``name``; ``auto`` is ours if it reproduces the model's logits, else ``generate`` (warns)."""
     if name == "generate":
         return GenerateEngine(model, tokenizer, max_batch)
     if name not in ("auto", "static"):
@@ -68,17 +70,13 @@ def build_engine(
 def check_logits(engine: StaticCacheEngine) -> None:
     """Compare the engine's logits with the model's on two short sequences; a UserError when they differ."""
     model = engine.model
-    size = model.get_input_embeddings().weight.shape[0]
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    size = embedding.num_embeddings
     prompts = [[(7 * position + 3) % size for position in range(length)] for length in (6, 3)]
     ours = engine.logits(prompts)
-    training = model.training
-    model.eval()
-    try:
-        theirs = torch.stack(
-            [model(torch.tensor([ids], device=model.device)).logits[0, -1].float() for ids in prompts]
-        )
-    finally:
-        model.train(training)
+    with evaluation_mode(model):
+        theirs = torch.stack([model(torch.tensor([ids], device=model.device)).logits[0, -1].float() for ids in prompts])
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     difference = float((ours - theirs).abs().max() / (1 + theirs.abs().max()))
     if not difference < tolerance:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -17,14 +18,16 @@ from transformers import (
 )
 
 from lightning_align.errors import UserError
-from lightning_align.rollout.ledger import Ledger
+from lightning_align.models.masks import evaluation_mode
+from lightning_align.rollout.ledger import Ledger, pad_id
 from lightning_align.rollout.types import Rollout, SamplingParams
 
 
 class GenerateEngine:
     """Samples with ``model.generate``; it runs the model and its cache, the tokens are chosen as in the static engine.
 
-    So the same seed gives the same completion from both engines (up to rounding), and the global random state is not used.
+    So the same seed gives the same completion from both engines (up to rounding), and the global random state is not
+    used.
 
     Args:
         model: A causal language model.
@@ -51,24 +54,25 @@ class GenerateEngine:
         seeds: Sequence[int],
         records: Sequence[dict[str, Any]] | None = None,
     ) -> Rollout:
-        """Draw ``params.num_samples`` completions of every prompt; see :class:`~lightning_align.rollout.engine.Engine`."""
+        """Draw ``params.num_samples`` completions of every prompt; see ``Engine.generate``."""
         ledger = Ledger(prompt_ids, params, seeds, records, self.model, self.tokenizer)
-        order = sorted(range(ledger.num_sequences), key=lambda sequence: -len(prompt_ids[sequence // params.num_samples]))
+        prompts = [ids for ids in prompt_ids for _ in range(params.num_samples)]
+        order = sorted(range(ledger.num_sequences), key=lambda sequence: len(prompts[sequence]))
         with _plain_generation(self.model):
             for first in range(0, len(order), self.max_batch):
                 sequences = order[first : first + self.max_batch]
-                self._run(ledger, sequences, [prompt_ids[sequence // params.num_samples] for sequence in sequences])
+                self._run(ledger, sequences, [prompts[sequence] for sequence in sequences])
         return ledger.rollout()
 
     def _run(self, ledger: Ledger, sequences: list[int], prompts: list[Sequence[int]]) -> None:
         """One call of ``generate`` on prompts padded on the left."""
         device = self.model.device
         width = max(len(ids) for ids in prompts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        pad = pad_id(self.tokenizer)
         ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
         chooser = _Chooser(ledger, torch.tensor(sequences, device=device))
-        self.model.generate(
+        cast(GenerationMixin, self.model).generate(
             ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
@@ -112,11 +116,10 @@ class _Ended(StoppingCriteria):
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode and without its own generation defaults (penalties, temperature, …)."""
-    defaults, training = model.generation_config, model.training
+    defaults = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         model.generation_config = defaults
-        model.train(training)

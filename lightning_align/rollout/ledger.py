@@ -42,7 +42,9 @@ class Ledger:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.num_sequences = len(prompt_ids) * params.num_samples
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
         _check_request(prompt_ids, self.num_sequences, seeds, records)
+        _check_prompts(prompt_ids, self.vocabulary)
         _check_lengths(prompt_ids, params, model)
         self.prompt_ids = prompt_ids
         self.params = params
@@ -50,7 +52,8 @@ class Ledger:
         self.tokenizer = tokenizer
         self.device = model.device
         steps = params.max_new_tokens
-        self.codes_by_token = _token_codes(model, tokenizer, params).to(self.device)
+        end_ids = eos_ids(model, tokenizer)
+        self.codes_by_token = _token_codes(params.stop_token_ids, end_ids, self.vocabulary).to(self.device)
         self.uniforms = uniforms(seeds, steps).to(self.device).view(-1)
         self.tokens = torch.zeros(self.num_sequences * steps, dtype=torch.int64, device=self.device)
         self.logp = torch.zeros(self.num_sequences * steps, dtype=torch.float32, device=self.device)
@@ -105,8 +108,8 @@ class Ledger:
         index = torch.arange(len(prompts)).repeat_interleave(self.params.num_samples)
         prompt_lengths = torch.tensor([len(ids) for ids in self.prompt_ids])[index].to(device)
         width = int((prompt_lengths + lengths).max())
-        input_ids = pad_sequence(prompts, batch_first=True, padding_value=_pad_id(self.tokenizer))[index].to(device)
-        input_ids = torch.nn.functional.pad(input_ids, (0, width - input_ids.shape[1]), value=_pad_id(self.tokenizer))
+        input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id(self.tokenizer))[index].to(device)
+        input_ids = torch.nn.functional.pad(input_ids, (0, width - input_ids.shape[1]), value=pad_id(self.tokenizer))
 
         step = torch.arange(steps, device=device)
         rows, columns = torch.nonzero(step < lengths[:, None], as_tuple=True)
@@ -119,7 +122,8 @@ class Ledger:
 
         slots = torch.arange(width, device=device)
         attention_mask = slots < (prompt_lengths + lengths)[:, None]
-        kept = [ids[:length] for ids, length in zip(self.tokens.view(-1, steps).tolist(), lengths.tolist(), strict=True)]
+        tokens = self.tokens.view(-1, steps).tolist()
+        kept = [ids[:length] for ids, length in zip(tokens, lengths.tolist(), strict=True)]
         return Rollout(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -128,9 +132,7 @@ class Ledger:
             prompt_lengths=prompt_lengths,
             prompt_index=index.to(device),
             finish_reason=[REASONS[code - 1] for code in self.codes.tolist()],
-            completions=self.tokenizer.batch_decode(
-                kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
+            completions=self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             records=[self.records[prompt] for prompt in index.tolist()],
         )
 
@@ -138,8 +140,8 @@ class Ledger:
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a sequence: the tokenizer's, and those of the model's generation config that are special tokens.
 
-    Chat models end a turn with a token of their own, which only the generation config names. Its defaults name ordinary words
-    too when a model has another tokenizer than its class was made for: hence the second condition.
+    Chat models end a turn with a token of their own, which only the generation config names. Its defaults name ordinary
+    words too when a model has another tokenizer than its class was made for: hence the second condition.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
@@ -147,27 +149,23 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     candidates = {named} if isinstance(named, int) else set(named or ())
     special = set(tokenizer.all_special_ids)
     special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    others = {tokenizer.bos_token_id, tokenizer.unk_token_id}
     return sorted({tokenizer.eos_token_id} | ((candidates & special) - others))
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token for the padding; masks, not ids, say what is padding, so the end-of-sequence token will do."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def _token_codes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> Tensor:
-    """What each token of the vocabulary does to a sequence, [V] int64 of RUNNING, EOS or STOP."""
-    size = model.get_output_embeddings().weight.shape[0]
-    codes = torch.full((size,), RUNNING)
-    for token in params.stop_token_ids:
-        if not 0 <= token < size:
-            raise UserError(f"sampling: stop token {token} is outside the model's vocabulary of {size} tokens")
-        codes[token] = STOP
-    for token in eos_ids(model, tokenizer):
-        if not 0 <= token < size:
-            raise UserError(f"end-of-sequence token {token} is outside the model's vocabulary of {size} tokens")
-        codes[token] = EOS
+def _token_codes(stop_ids: Sequence[int], end_ids: Sequence[int], vocabulary: int) -> Tensor:
+    """What each token does to a sequence, [V] int64 of RUNNING, EOS or STOP."""
+    codes = torch.full((vocabulary,), RUNNING)
+    for name, code, tokens in (("stop", STOP, stop_ids), ("end-of-sequence", EOS, end_ids)):
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise UserError(f"{name} token {token} is outside the model's vocabulary of {vocabulary} tokens")
+            codes[token] = code
     return codes
 
 
@@ -183,17 +181,27 @@ def _check_request(
         raise ValueError(f"{len(seeds)} seeds for {num_sequences} completions: give one per completion")
     if records is not None and len(records) != len(prompt_ids):
         raise ValueError(f"{len(records)} records for {len(prompt_ids)} prompts: give one per prompt")
+
+
+def _check_prompts(prompt_ids: Sequence[Sequence[int]], vocabulary: int) -> None:
     for number, ids in enumerate(prompt_ids):
         if not ids:
             raise UserError(f"prompt {number} has no tokens: give a text or a beginning-of-sequence token")
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise UserError(
+                f"prompt {number} has tokens {min(ids)} to {max(ids)}, outside the model's vocabulary of {vocabulary}: "
+                "use the tokenizer that belongs to the model"
+            )
 
 
 def _check_lengths(prompt_ids: Sequence[Sequence[int]], params: SamplingParams, model: PreTrainedModel) -> None:
-    limit = int(model.config.max_position_embeddings)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # no position embeddings, no limit
+        return
     longest = max(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))
     needed = len(prompt_ids[longest]) + params.max_new_tokens
     if needed > limit:
         raise UserError(
-            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {params.max_new_tokens} that is "
-            f"{needed}, but the model has {limit} positions: shorten the prompts or lower max_new_tokens"
+            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {params.max_new_tokens} "
+            f"that is {needed}, but the model has {limit} positions: shorten the prompts or lower max_new_tokens"
         )

@@ -1,4 +1,4 @@
-"""Linear layers of a decoder plan: over the module's own weights, or over a copy packed for the CPU's matrix product."""
+"""Linear layers of a decoder plan: over the module's weights, or over copies packed for the CPU's matrix product."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -44,8 +44,8 @@ class PlainProjection:
 class PackedProjection:
     """``weight`` is a copy in the blocks in which oneDNN multiplies.
 
-    The plain product packs its weight at every call, which is most of the work when there are few rows: over a model of 7 M
-    parameters the packed one takes half the time at 4 and 8 rows, and 0.8 of it at 32 and 128.
+    The plain product packs its weight at every call, which is most of the work when there are few rows: over a model of
+    7 M parameters the packed one takes half the time at 4 and 8 rows, and 0.8 of it at 32 and 128.
     """
 
     weight: Tensor
@@ -65,7 +65,7 @@ def make_projection(weight: Tensor, bias: Tensor | None = None) -> Projection:
     return PlainProjection(weight, bias)
 
 
-# The operations behind torch.compile's frozen linear layers. They are not public: hence the trial before their first use.
+# The operations behind torch.compile's frozen linear layers. They are not public, hence the trial before the first use.
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().t().contiguous(), None)
 

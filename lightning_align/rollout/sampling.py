@@ -17,8 +17,8 @@ BLOCK = 128  # the CDF is searched in two levels: sums of blocks, then inside on
 def uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     """Uniform numbers in [0, 1) for every sequence and step, [len(seeds), steps] float64.
 
-    Entry (i, s) is a hash (SplitMix64) of seeds[i] and s alone, so a sequence draws the same numbers whatever else is in its
-    batch, and no random generator has a state to keep or disturb.
+    Entry (i, s) is a hash (SplitMix64) of seeds[i] and s alone, so a sequence draws the same numbers whatever else is
+    in its batch, and no random generator has a state to keep or disturb.
     """
     keys = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64))
     counters = np.arange(1, steps + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -55,7 +55,7 @@ def choose(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Ten
 
 
 def truncate(probs: Tensor, params: SamplingParams) -> Tensor:
-    """``probs`` [n, V] with the tokens outside top-k, then top-p of the rest, then min-p, set to 0 (not renormalised)."""
+    """``probs`` [n, V] with 0 for tokens outside top-k, then top-p of the rest, then min-p; not renormalised."""
     if 0 < params.top_k < probs.shape[1]:
         kth = probs.topk(params.top_k, dim=-1).values[:, -1:]
         probs = probs.masked_fill(probs < kth, 0.0)
@@ -81,8 +81,8 @@ def likeliest(logits: Tensor) -> Tensor:
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     """The first index whose cumulative weight exceeds ``uniform`` · total, [n] int64; never one of weight 0.
 
-    Two levels cost one pass over ``weights`` [n, V], a tenth of a cumulative sum over the vocabulary, and summing the blocks in
-    float64 keeps large vocabularies exact.
+    Two levels cost one pass over ``weights`` [n, V], a tenth of a cumulative sum over the vocabulary, and summing the
+    blocks in float64 keeps large vocabularies exact.
     """
     vocabulary = weights.shape[1]
     blocks = _blocks(weights, 0.0)
@@ -90,7 +90,7 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
     mass = sums.cumsum(-1)
     target = uniform.to(mass.device)[:, None] * mass[:, -1:]
     block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[1] - 1)
-    # where in the block, as a fraction: sums in float32 and float64 differ in the last bits, fractions cannot run over the end
+    # where in the block, as a fraction: float32 and float64 sums differ in the last bits, a fraction stays inside
     fraction = (1 + (target - mass.gather(1, block)) / sums.gather(1, block)).clamp_(0.0, 1.0 - 1e-12)
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, BLOCK)).squeeze(1).double().cumsum(-1)
     offset = torch.searchsorted(inside, fraction * inside[:, -1:], right=True).clamp_(max=BLOCK - 1)

@@ -31,8 +31,8 @@ class Unit:
 class StaticCacheEngine:
     """Samples from a transformers model through a decoder of our own that reads the model's weights.
 
-    What a sequence draws depends on its prompt, seed and parameters, not on what else is in the batch (up to the rounding of
-    matrix products of another size).
+    What a sequence draws depends on its prompt, seed and parameters, not on what else is in the batch (up to the
+    rounding of matrix products of another size).
 
     Args:
         model: A causal language model of a supported architecture; other ones raise a UserError.
@@ -63,7 +63,7 @@ class StaticCacheEngine:
         seeds: Sequence[int],
         records: Sequence[dict[str, Any]] | None = None,
     ) -> Rollout:
-        """Draw ``params.num_samples`` completions of every prompt; see :class:`~lightning_align.rollout.engine.Engine`."""
+        """Draw ``params.num_samples`` completions of every prompt; see ``Engine.generate``."""
         ledger = Ledger(prompt_ids, params, seeds, records, self.model, self.tokenizer)
         if self._weight_versions() != self._versions:
             self.refresh()
@@ -122,7 +122,7 @@ class Batch:
         return self.size == 0 or self.rows - self.size >= max(len(unit.sequences), self.rows // REFILL_SHARE)
 
     def admit(self, queue: deque[Unit]) -> None:
-        """Prefill the next prompts, draw the first token of each of their sequences, and make those rows of the batch."""
+        """Prefill the next prompts and draw the first token of each of their sequences, which are rows from now on."""
         units = self._next_units(queue)
         device, samples = self.ledger.device, len(units[0].sequences)
         prompts = [self.ledger.prompt_ids[unit.prompt] for unit in units]
@@ -183,8 +183,8 @@ class Batch:
 def _queue(prompt_ids: Sequence[Sequence[int]], num_samples: int, rows: int) -> deque[Unit]:
     """All sequences, shortest prompts first.
 
-    Neighbours then need little padding, the rows of a batch have similar lengths (early ones are further along), and the cache
-    grows only when it must.
+    Neighbours then need little padding, the rows of a batch have similar lengths (early ones are further along), and
+    the cache grows only when it must.
     """
     order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
     return deque(

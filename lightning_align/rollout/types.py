@@ -21,8 +21,8 @@ Fields = TypeVar("Fields", "Rollout", "Experience")
 class SamplingParams:
     """How completions are drawn.
 
-    The log-probs an engine reports are those of softmax(logits / temperature) over the whole vocabulary, before top-k, top-p and
-    min-p cut it: that is the distribution the training forward can reproduce.
+    The log-probs an engine reports are those of softmax(logits / temperature) over the whole vocabulary, before top-k,
+    top-p and min-p cut it: that is the distribution the training forward can reproduce.
 
     Args:
         max_new_tokens: Longest completion in tokens, the end-of-sequence token included.
@@ -111,8 +111,9 @@ class Rollout:
         return _map_fields(self, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
     def select(self, indices: Indices) -> "Rollout":
-        """The rows at ``indices``, in that order, at the same padded length."""
-        return _map_fields(self, lambda value: _take(value, indices))
+        """The rows at ``indices`` (positions or a mask), in that order, at the same padded length."""
+        positions = _positions(indices)
+        return _map_fields(self, lambda value: _take(value, positions))
 
 
 @dataclass(frozen=True)
@@ -165,13 +166,16 @@ class Experience:
         return replace(moved, score_parts={name: part.to(device) for name, part in self.score_parts.items()})
 
     def select(self, indices: Indices) -> "Experience":
-        """The rows at ``indices``, in that order, at the same padded length."""
-        return _map_fields(self, lambda value: _take(value, indices))
+        """The rows at ``indices`` (positions or a mask), in that order, at the same padded length."""
+        positions = _positions(indices)
+        return _map_fields(self, lambda value: _take(value, positions))
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
         """``count`` minibatches of a fresh shuffle, as equal in size as possible; every row is in exactly one."""
         if not 1 <= count <= len(self):
-            raise UserError(f"{count} minibatches of {len(self)} completions: num_mini_batches must be 1 to {len(self)}")
+            raise UserError(
+                f"{count} minibatches of {len(self)} completions: num_mini_batches must be 1 to {len(self)}"
+            )
         order = torch.randperm(len(self), generator=generator)
         for indices in order.tensor_split(count):
             yield self.select(indices)
@@ -181,7 +185,16 @@ def _map_fields(instance: Fields, function: Callable[[Any], Any]) -> Fields:
     return type(instance)(**{item.name: function(getattr(instance, item.name)) for item in fields(instance)})
 
 
-def _take(value: Any, indices: Indices) -> Any:
+def _positions(indices: Indices) -> slice | list[int]:
+    """``indices`` with a mask [B] bool as the positions where it is true."""
+    if isinstance(indices, slice):
+        return indices
+    if isinstance(indices, Tensor):
+        return (indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices).tolist()
+    return list(indices)
+
+
+def _take(value: Any, indices: slice | list[int]) -> Any:
     """``value`` at ``indices``: along dimension 0 of tensors, in lists, and in everything a container holds."""
     if value is None:
         return None
@@ -192,7 +205,12 @@ def _take(value: Any, indices: Indices) -> Any:
     if isinstance(value, list):
         if isinstance(indices, slice):
             return value[indices]
-        return [value[int(index)] for index in indices]
+        return [value[index] for index in indices]
     if isinstance(indices, slice):
         return value[indices]
     return value[torch.as_tensor(indices, dtype=torch.int64, device=value.device)]
+
+
+def unpad(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """The real tokens of each row of a batch [B, T] padded on either side, as engines want their prompts."""
+    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]

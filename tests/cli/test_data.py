@@ -1,5 +1,6 @@
 """``data``: inspect, convert, export; every mistake is one line, and nothing is left half-written."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 from lightning_align import playground
 from lightning_align.cli.main import run
-from lightning_align.data.readers import load_records
+from lightning_align.data.readers import detect_kind, load_records
+from lightning_align.data.records import KINDS, validate
+from lightning_align.models.tokenizer_training import train_tokenizer
 
 RECORDS = [
     {"prompt": f"p{number}", "chosen": f" good {number}", "rejected": f" bad {number}", "strength": "better"}
@@ -62,6 +65,41 @@ def test_inspect_the_playground(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "500 of kind unpaired kept" in out
     assert "label       true in " in out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model folder as far as a tokenizer needs one."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [record["text"] for record in playground.records("text", size=500)]
+    train_tokenizer(texts, vocab_size=400, algorithm="words").save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+def test_inspect_with_a_model_counts_tokens_and_shows_one_record_in_them(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["data", "inspect", "playground", "--kind", "sft", "--split", "val", "--model", model]
+    assert run([*command, "--max_length", "12", "--record", "3"]) == 0
+    out = capsys.readouterr().out
+    records = playground.records("sft", split="val")
+    lengths = [len((record["prompt"] + record["completion"]).split()) + 1 for record in records]  # and EOS
+    assert f"  tokens: {sum(min(12, length) for length in lengths):,}\n" in out
+    assert f"  records truncated: {sum(length > 12 for length in lengths)}\n" in out
+    table = out.partition("record 3 (playground record 3):\n")[2]
+    assert f"{lengths[2]} tokens" in table
+    rows = [line.split() for line in table.rstrip().splitlines()[2:]]
+    assert rows[-1] == [str(lengths[2] - 1), "1", "<eos>", "yes", "completion,", "added", "EOS"]
+    assert sum(row[-1] == "cut" for row in rows) == lengths[2] - 12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_shown_in_tokens(kind: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["data", "inspect", "playground", "--kind", kind, "--split", "test", "--model", model]) == 0
+    out = capsys.readouterr().out
+    assert "  tokens: " in out
+    assert "part" in out.partition("record 1 (playground record 1):\n")[2].splitlines()[1]
 
 
 # ---------------------------------------------------------------------- convert
@@ -121,44 +159,28 @@ def test_export_is_what_training_reads(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
+EXPORT = ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl"]
+LOOK = ["inspect", "playground", "--kind", "sft"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["inspct"], "unknown data command 'inspct'; did you mean 'inspect'? (there are: inspect, convert, export)"),
         (["inspect", "none.jsonl"], "none.jsonl: there is no such file or folder"),
         (["inspect", "playground"], "playground: give --kind, because it has every kind"),
-        (
-            ["inspect", "playground", "--kind", "pairs"],
-            "unknown kind of records 'pairs'; did you mean 'unpaired'? (there",
-        ),
-        (
-            ["inspect", "playground", "--kind", "sft", "--record", "9999"],
-            "--record is 9999: there are records 1 to 3000",
-        ),
-        (
-            ["inspect", "playground", "--kind", "sft", "--max_length", "9"],
-            "--max_length counts tokens: give --model too",
-        ),
-        (["inspect", "x", "--columns", "prompt"], "argument --columns: give FIELD=NAME, such as prompt=question, not"),
+        ([*LOOK, "--kind", "pairs"], "unknown kind of records 'pairs'; did you mean 'unpaired'? (there are text,"),
+        ([*LOOK, "--record", "9999"], "--record is 9999: there are records 1 to 3000"),
+        ([*LOOK, "--max_length", "9"], "--max_length and --loss_on are about tokens: give --model too"),
+        ([*LOOK, "--model", "OUT"], "OUT: there is no such folder, and it cannot be a hub id (owner/name)"),
+        ([*LOOK, "--columns", "prompt"], "argument --columns: give FIELD=NAME, such as prompt=question, not 'prompt'"),
         (["convert", "playground", "OUT/a.txt", "--kind", "sft"], "OUT/a.txt: records are written as .jsonl, .json"),
         (["convert", "playground", "OUT/a.jsonl"], "the following arguments are required: --kind"),
-        (
-            ["export", "playgrond", "--kind", "sft", "--out", "OUT/a.jsonl"],
-            "argument source: invalid choice: 'playgrond'",
-        ),
-        (["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--k", "3"], "playground option k has no"),
-        (
-            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--quality", "good"],
-            "argument --quality: give",
-        ),
-        (
-            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--size", "-1"],
-            "size is -1: give a number",
-        ),
-        (
-            ["export", "playground", "--kind", "sft", "--out", "OUT/a.jsonl", "--size", "0"],
-            "playground holds no records",
-        ),
+        (["export", "playgrond", *EXPORT[2:]], "argument source: invalid choice: 'playgrond'"),
+        ([*EXPORT, "--k", "3"], "playground option k has no meaning for records of kind sft"),
+        ([*EXPORT, "--quality", "good"], "argument --quality: give TIER=WEIGHT, such as good=0.5, not 'good'"),
+        ([*EXPORT, "--size", "-1"], "size is -1: give a number of records"),
+        ([*EXPORT, "--size", "0"], "playground holds no records"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -170,3 +192,29 @@ def test_bad_input_is_one_line(
     assert captured.err.count("\n") == 1
     assert captured.out == ""
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- the guide
+DOCS = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_examples_of_the_guide_are_records() -> None:
+    examples = [json.loads(line) for line in DOCS.read_text().splitlines() if line.startswith('{"')]
+    kinds = [detect_kind(example) for example in examples]
+    assert kinds == ["text", "sft", "sft", "prompt", "preference", "ranked", "unpaired", "scored"]
+    for kind, example in zip(kinds, examples, strict=True):
+        assert kind is not None
+        assert validate(kind, example) == example
+
+
+def test_the_commands_of_the_guide_run(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with gzip.open("gsm8k_train.jsonl.gz", "wt") as file:
+        file.write('{"question": "What is 6 · 7?", "answer": "#### 42"}\n')
+    prefix = "python -m lightning_align "
+    commands = [line.removeprefix(prefix) for line in DOCS.read_text().splitlines() if line.startswith(prefix + "data")]
+    assert len(commands) == 8
+    for command in commands:
+        assert run(command.replace("runs/sft", model).split()) == 0, capsys.readouterr().err

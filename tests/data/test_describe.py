@@ -2,6 +2,8 @@
 
 from lightning_align.data.describe import describe
 
+MESSAGE = {"role": "user", "content": "q"}
+
 
 def test_fields_by_type() -> None:
     records = [
@@ -26,5 +28,4 @@ def test_fields_by_type() -> None:
 
 
 def test_conversations_are_counted_in_messages() -> None:
-    message = {"role": "user", "content": "q"}
-    assert describe([{"messages": [message] * 3}]) == ["  messages  messages: 3"]
+    assert describe([{"messages": [MESSAGE] * 3}]) == ["  messages  messages: 3"]

@@ -80,6 +80,7 @@ BAD = [
     ("preference", "strength", 3, "is unknown"),
     ("preference", "margin", math.nan, "is not finite"),
     ("preference", "margin", math.inf, "is not finite"),
+    ("preference", "margin", 10**400, "is not finite"),
     ("preference", "tie", "no", "is neither true nor false"),
     ("preference", "aspect", "gold", "is unknown"),
     ("ranked", "completions", "abc", "is not a list"),

@@ -24,7 +24,7 @@ def smooth_cliff(d: Any) -> Any:
 
 # ------------------------------------------------------------------ rise, peak, fall
 def test_rise_and_fall_is_a_peak_with_its_place_and_its_height(make_curve: MakeCurve, law: Law) -> None:
-    analysis = analyse(make_curve(lambda d: law(d, 0.55, 0.35), noise=0.02))
+    analysis = analyse(make_curve(lambda d: law(d, 0.55, 0.35), noise=0.02, seed=1))
     peak = analysis.fitted_peak
     assert peak is not None
     assert peak.kl.low <= math.exp(0.55 / 0.35 - 1) ** 2 <= peak.kl.high
@@ -53,10 +53,13 @@ def test_opt_3_monotone_data_no_peak_is_reported(
             assert "no peak" in conclude(analysis).text
 
 
-def test_opt_3_a_peak_is_hardly_ever_claimed_on_noise(make_curve: MakeCurve) -> None:
-    kinds = [kind_of(analyse(make_curve(lambda d: 0 * d, noise=0.1, seed=seed))) for seed in range(100)]
+def test_opt_3_hardly_anything_is_claimed_on_noise(make_curve: MakeCurve) -> None:
+    """95 % intervals: though the best of all places is picked, about one in twenty may show a fall that is none."""
+    analyses = [analyse(make_curve(lambda d: 0 * d, noise=0.1, seed=seed)) for seed in range(100)]
+    kinds = [kind_of(analysis) for analysis in analyses]
     assert kinds.count("flat") >= 85
     assert kinds.count("peaks") <= 4
+    assert sum(analysis.falls for analysis in analyses) <= 10
 
 
 def test_a_peak_that_is_not_followed_by_a_fall_levels_off(make_curve: MakeCurve, law: Law) -> None:
@@ -88,17 +91,22 @@ def test_a_fall_from_the_start(make_curve: MakeCurve) -> None:
     assert "the model before training" in conclude(analysis).text
 
 
-def test_the_fall_of_a_flat_curve_is_rarely_significant(make_curve: MakeCurve) -> None:
-    """95 % intervals: with the best of all places picked, at most about one in twenty may exclude 0."""
-    falls = sum(analyse(make_curve(lambda d: 0 * d, noise=0.1, seed=seed)).falls for seed in range(200))
-    assert falls <= 20
-
-
 # ------------------------------------------------------------------ the start
 def test_the_start_is_the_mean_of_all_points_near_kl_0(make_curve: MakeCurve, law: Law) -> None:
     curve = make_curve(lambda d: law(d, 0.55, 0.35))
-    curve.points.append(Point(500, kl=0.004, proxy=0.0, gold=curve.points[0].gold + 0.2))
+    curve.points.append(Point(500, kl=0.0004, proxy=0.0, gold=curve.points[0].gold + 0.2))
     assert analyse(curve).start_gold == pytest.approx(curve.points[0].gold + 0.1)
+
+
+def test_points_that_have_begun_to_move_do_not_blur_the_start(make_curve: MakeCurve, law: Law) -> None:
+    """The RL form is steep at 0: with 80 dense points the intervals must still hold α and β."""
+    held = np.zeros(2)
+    for seed in range(60):
+        analysis = analyse(make_curve(lambda d: law(d, 0.55, 0.35), count=80, noise=0.08, seed=seed))
+        assert analysis.result is not None
+        alpha, beta = analysis.result.alpha, analysis.result.beta
+        held += [alpha.low <= 0.55 <= alpha.high, beta.low <= 0.35 <= beta.high]
+    assert (held >= 52).all()
 
 
 def test_without_a_start_it_is_fitted(make_curve: MakeCurve, law: Law) -> None:

@@ -187,7 +187,7 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no metrics.csv: has it been trained\?"):
         load_curve(tmp_path)
     (tmp_path / "model.bin").write_bytes(b"\xff\xfe\x00\x00")
-    with pytest.raises(UserError, match="cannot read .*model.bin as CSV"):
+    with pytest.raises(UserError, match=r"cannot read .*model\.bin as CSV"):
         load_curve(tmp_path / "model.bin")
 
 

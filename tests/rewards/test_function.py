@@ -88,6 +88,10 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         "reward mine asks for 'solution', which the records lack; there is: answer, completions, finished, level, "
         "prompt, prompts",
     ),
+    "raises two lines": (
+        lambda completions: (_ for _ in ()).throw(RuntimeError("first\nsecond")),
+        "reward mine failed on all 2 completions of a batch: RuntimeError: first second",
+    ),
     "always raises": (
         lambda completions: [1 / 0 for _ in completions],
         "reward mine failed on all 2 completions of a batch: ZeroDivisionError: division by zero",

@@ -1,0 +1,145 @@
+"""Statistics of hidden states under an output layer, a chunk of rows at a time: K2, for any pair of row passes.
+
+The chunk loop, the matrix products, what is kept for the backward pass and the merging of vocabulary shards are the
+same for every implementation; :class:`Rows` are the two passes over a chunk of logits, by Triton or by the library.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from align_kernels._labels import locate
+from align_kernels.layer import Layer, LayerGrads
+from align_kernels.native import RowGrads, RowStats, Wanted, joined
+from align_kernels.shards import Shard, merge, sum_over_shards
+
+
+class Rows(Protocol):
+    """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`."""
+
+    wanted: Wanted
+    leaves_probabilities: bool
+
+    def forward(
+        self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False
+    ) -> RowStats: ...
+
+    def backward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        stats: RowStats,
+        grads: RowGrads,
+        ref_x: Tensor | None = None,
+        *,
+        owned: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What forward found out about rows ``[M]``.
+
+    Args:
+        stats: Over the whole vocabulary; ``stats.logp`` is of the column in ``index``.
+        logp: Of the labels; 0 where a label is outside the vocabulary.
+        index: Columns of the labels in this shard; 0 where ``inside`` is false.
+        inside: Which labels are columns of this shard.
+        known: Which labels are columns of some shard.
+    """
+
+    stats: RowStats
+    logp: Tensor
+    index: Tensor
+    inside: Tensor
+    known: Tensor
+
+
+def forward(
+    rows: Rows,
+    layer: Layer,
+    reference: Layer | None,
+    labels: Tensor,
+    *,
+    keep: bool,
+    check: bool = False,
+    shard: Shard | None = None,
+) -> tuple[Columns, Tensor | None]:
+    """Statistics of the rows, and with ``keep`` what spares backward a product: logits, or probabilities."""
+    index, inside = locate(labels, len(layer.weight), 0 if shard is None else shard.start, check=check)
+    size = min(layer.chunk, len(layer))
+    kept = layer.empty_logits(len(layer) if keep else 0)
+    buffer = layer.empty_logits(0 if keep else size)
+    ref_buffer = None if reference is None else reference.empty_logits(size)
+    found = []
+    for part in layer.parts():
+        x = layer.logits_into(kept[part] if keep else buffer, part)
+        ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
+        found.append(rows.forward(x, index[part], ref_x, overwrite=not keep or rows.leaves_probabilities))
+    stats = joined(found, rows.wanted, layer.hidden)
+    if shard is None:
+        columns = Columns(stats, torch.where(inside, stats.logp, 0.0), index, inside, inside)
+    else:
+        stats, logp, known = merge(stats, inside, shard.group)
+        columns = Columns(stats, logp, index, inside, known)
+    if keep and rows.leaves_probabilities:
+        mark_labels(kept, index, stats)
+    return columns, kept if keep else None
+
+
+def mark_labels(probabilities: Tensor, index: Tensor, stats: RowStats) -> None:
+    """p − 1 in the label's column, from the log-prob: by subtraction it would be lost to rounding as p nears 1."""
+    if probabilities.shape[1]:
+        probabilities.scatter_(1, index[:, None], torch.expm1(stats.logp).to(probabilities.dtype)[:, None])
+
+
+def backward(
+    rows: Rows,
+    layer: Layer,
+    reference: Layer | None,
+    columns: Columns,
+    kept: Tensor | None,
+    grads: RowGrads,
+    needs: tuple[bool, bool, bool],
+    *,
+    accum_dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden states, weight and bias from the upstream gradients of the rows ``[M]``."""
+    grads = grads._replace(logp=torch.where(columns.known, grads.logp, 0.0))
+    # probabilities of all rows are one product each for hidden states and weight, and no sum over chunks
+    at_once = kept is not None and rows.leaves_probabilities and grads.lse is None and len(layer) > 0
+    size = min(layer.chunk, len(layer))
+    buffer = layer.empty_logits(0 if kept is not None else size)
+    ref_buffer = reference.empty_logits(size) if reference is not None and grads.kl is not None else None
+    parts = [slice(0, len(layer))] if at_once else layer.parts()
+    total = LayerGrads.zeros(layer, needs, accum_dtype, sums=len(parts))
+    for part in parts:
+        x = layer.logits_into(buffer, part) if kept is None else kept[part]
+        index, stats, upstream = columns.index[part], columns.stats.at(part), grads.at(part)
+        if rows.leaves_probabilities:
+            if kept is None:
+                rows.forward(x, index, overwrite=True)
+                mark_labels(x, index, stats)
+            total.add(layer, part, *from_probabilities(x, index, upstream, rows.wanted.temperature))
+        else:
+            ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
+            owned = None if shard is None else columns.inside[part]
+            total.add(layer, part, rows.backward(x, index, stats, upstream, ref_x, owned=owned).to(layer.dtype))
+    if shard is not None and total.hidden is not None:
+        total.hidden = sum_over_shards(total.hidden, shard.group)
+    return total.rounded(layer)
+
+
+def from_probabilities(
+    marked: Tensor, index: Tensor, grads: RowGrads, temperature: float
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of the logits, as rows and what multiplies each, from what :func:`mark_labels` made of probabilities."""
+    scale = grads.others if temperature == 1.0 else grads.others / temperature
+    if grads.lse is None:
+        return marked, scale
+    # the label's column has p·(g_lse − g_lp) + g_lp: g_lse more than the marked one
+    grad = (marked * scale[:, None]).scatter_add_(1, index[:, None], grads.lse[:, None] / temperature)
+    return grad.to(marked.dtype), None
