@@ -17,10 +17,15 @@ from align_kernels.shards import Shard, merge, sum_over_shards
 
 
 class Rows(Protocol):
-    """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`."""
+    """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`.
+
+    ``leaves_probabilities``: what forward overwrites becomes probabilities, and backward is not called. ``in_place``:
+    backward overwrites the logits with their gradient.
+    """
 
     wanted: Wanted
     leaves_probabilities: bool
+    in_place: bool
 
     def forward(
         self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False
@@ -109,8 +114,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias from the upstream gradients of the rows ``[M]``."""
     grads = grads._replace(logp=torch.where(columns.known, grads.logp, 0.0))
-    # probabilities of all rows are one product each for hidden states and weight, and no sum over chunks
-    at_once = kept is not None and rows.leaves_probabilities and grads.lse is None and len(layer) > 0
+    # where no chunk needs memory, all rows are one product each for hidden states and weight, without a sum over chunks
+    free = grads.lse is None if rows.leaves_probabilities else rows.in_place and grads.kl is None
+    at_once = kept is not None and free and len(layer) > 0
     size = min(layer.chunk, len(layer))
     buffer = layer.empty_logits(0 if kept is not None else size)
     ref_buffer = reference.empty_logits(size) if reference is not None and grads.kl is not None else None

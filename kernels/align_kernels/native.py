@@ -107,6 +107,8 @@ class NativeRows:
             backward needs.
     """
 
+    in_place = False  # backward leaves the logits alone
+
     def __init__(self, wanted: Wanted, *, leaves_probabilities: bool = False) -> None:
         self.wanted = wanted
         self.leaves_probabilities = leaves_probabilities and wanted.log_probs_only

@@ -105,9 +105,7 @@ token_stats_op = torch.library.custom_op("align_kernels::token_stats", _token_st
 
 
 @token_stats_op.register_fake
-def _(
-    logits, labels, ref_logits, mask, temperature, softcap, entropy, argmax, inplace_grad, check_labels, impl
-):  # type: ignore[no-untyped-def]
+def _(logits, labels, ref_logits, mask, temperature, softcap, entropy, argmax, inplace_grad, check_labels, impl):  # type: ignore[no-untyped-def]
     def rows(wanted: bool = True, dtype: torch.dtype | None = None) -> Tensor:
         shape = labels.shape if wanted else (0,)
         return logits.new_empty(shape, dtype=dtype or statistics_dtype(logits.dtype))
@@ -326,14 +324,22 @@ linear_stats_op = torch.library.custom_op(
     "float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, bool check_labels, "
     "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-linear_stats_backward_op = torch.library.custom_op(
-    "align_kernels::linear_stats_backward",
-    _linear_stats_backward,
-    mutates_args=("kept",),  # Triton turns the logits into their gradient
-    schema=f"({_GRADS}, {_LAYER}, {_REFERENCE}, Tensor[] stats, Tensor known, Tensor(a!) kept, float temperature, "
-    "float? softcap, float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, "
-    "bool[] needs, str impl) -> (Tensor, Tensor, Tensor)",
-)
+
+
+def _linear_backward_op(name: str, kept: str) -> Any:
+    return torch.library.custom_op(
+        f"align_kernels::{name}",
+        _linear_stats_backward,
+        mutates_args=("kept",) if "!" in kept else (),
+        schema=f"({_GRADS}, {_LAYER}, {_REFERENCE}, Tensor[] stats, Tensor known, {kept} kept, float temperature, "
+        "float? softcap, float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, "
+        "bool[] needs, str impl) -> (Tensor, Tensor, Tensor)",
+    )
+
+
+linear_stats_backward_op = _linear_backward_op("linear_stats_backward", "Tensor")
+# Triton turns the logits it kept into their gradient: one product each for hidden states and weight, no second buffer.
+linear_stats_backward_inplace_op = _linear_backward_op("linear_stats_backward_", "Tensor(a!)")
 
 
 @linear_stats_op.register_fake
@@ -353,7 +359,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 @linear_stats_backward_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+@linear_stats_backward_inplace_op.register_fake
+def _linear_stats_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     _, _, _, _, hidden, weight, bias, *_ = arguments
     needs = arguments[-2]
     return tuple(
@@ -381,16 +388,18 @@ def _linear_stats_grad(ctx: Any, compute: Any, grads: tuple[Tensor | None, ...])
         return (None,) * ctx.arguments
     *layer_and_reference, entropy, kl, lse, column_logp, ref_lse, known, kept = ctx.saved_tensors
     stats = [entropy, kl, lse, column_logp, ref_lse]
-    found = compute(
-        *upstream, *layer_and_reference, stats, known, kept, *ctx.settings, needs, *ctx.implementation
-    )
+    found = compute(*upstream, *layer_and_reference, stats, known, kept, *ctx.settings, needs, *ctx.implementation)
     needed = tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
     return *needed, *(None,) * (ctx.arguments - 3)
 
 
-linear_stats_op.register_autograd(
-    lambda ctx, *grads: _linear_stats_grad(ctx, linear_stats_backward_op, grads), setup_context=_linear_stats_setup
-)
+def _linear_stats_op_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    keep, impl = ctx.settings[4], ctx.implementation[0]
+    in_place = keep and impl == "triton"
+    return _linear_stats_grad(ctx, linear_stats_backward_inplace_op if in_place else linear_stats_backward_op, grads)
+
+
+linear_stats_op.register_autograd(_linear_stats_op_grad, setup_context=_linear_stats_setup)
 
 
 class _LinearStats(torch.autograd.Function):

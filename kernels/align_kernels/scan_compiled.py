@@ -1,10 +1,11 @@
 """Scan operations in C for CPU tensors: one pass over the data from the right, where tensor operations need dozens.
 
-``scan.c`` is compiled by the system's C compiler at first use (a third of a second), kept in the user's cache folder and
-called through ctypes. Without a compiler, or with ``ALIGN_KERNELS_CPU_COMPILE=0``, ``scan_tensors`` does the same from
-tensor operations; :func:`problem` says so.
+``scan.c`` is compiled by the system's C compiler at first use (a third of a second), kept in the user's cache folder
+and called through ctypes. Without a compiler, or with ``ALIGN_KERNELS_CPU_COMPILE=0``, ``scan_tensors`` does the same
+from tensor operations; :func:`problem` says so.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -13,12 +14,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from align_kernels.scan_checks import result_dtype
 
 SOURCE = Path(__file__).with_name("scan.c")
 FLAGS = ("-O3", "-shared", "-fPIC")
@@ -123,10 +125,10 @@ class _Call:
     """Tensors as C sees them. Converted copies live as long as the call does."""
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, *operands: Tensor) -> None:
-        self.tokens, self.dtype = tokens, accumulator(*operands)
+        self.tokens, self.dtype = tokens, result_dtype(*operands)
         self.alive: list[Tensor] = []
         self.num_sequences = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-        bounds = None if cu_seqlens is None else self._hold(cu_seqlens.long().contiguous())
+        bounds = None if cu_seqlens is None else self._hold(cu_seqlens.long())
         self.bounds = (bounds, tokens.shape[-1])
 
     def empty(self, *shape: int) -> Tensor:
@@ -142,7 +144,7 @@ class _Call:
 
     def flat(self, x: Tensor | None) -> int | None:
         """Pointer to one number per sequence."""
-        return None if x is None else self._hold(x.to(self.dtype).contiguous())
+        return None if x is None else self._hold(x.to(self.dtype))
 
     def run(self, name: str, *arguments: object, count: int | None = None) -> None:
         """Calls a function on all sequences, or on ``count`` tokens, spread over torch's number of threads."""
@@ -157,18 +159,11 @@ class _Call:
             list(pool.map(lambda i: function(*arguments, bounds[i], bounds[i + 1]), range(threads)))
 
     def _rows(self, x: Tensor) -> tuple[int, int]:
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            x = x.contiguous()
         return self._hold(x), x.stride(0) if x.dim() == 2 else 0
 
     def _hold(self, x: Tensor) -> int:
         self.alive.append(x)
         return x.data_ptr()
-
-
-def accumulator(*tensors: Tensor) -> torch.dtype:
-    """float64 if a tensor is, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 # ------------------------------------------------------------------ compiling
@@ -184,23 +179,24 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         raise FileNotFoundError("there is no C compiler: install gcc or clang, or name one in CC")
     key = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, platform.platform())).encode()).hexdigest()
     name = f"scan-{REALS[dtype]}-{key[:16]}.so"
-    try:
-        folder = cache_folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        loaded = ctypes.CDLL(str(_compiled(folder, name, compiler, REALS[dtype])))
-    except (PermissionError, RuntimeError):  # a home that cannot be written to, or none
-        with tempfile.TemporaryDirectory() as scratch:
-            loaded = ctypes.CDLL(str(_compiled(Path(scratch), name, compiler, REALS[dtype])))
+    folder = cache_folder()
+    with contextlib.nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
+        loaded = ctypes.CDLL(str(_compiled(Path(place), name, compiler, REALS[dtype])))
     for function, types in ARGUMENTS.items():
         getattr(loaded, function).argtypes = types
         getattr(loaded, function).restype = None
     return loaded
 
 
-def cache_folder() -> Path:
-    """Where compiled code is kept: ``align_kernels`` in ``XDG_CACHE_HOME`` or ``~/.cache``, the user's own."""
+def cache_folder() -> Path | None:
+    """The user's folder for compiled code, ``align_kernels`` in ``XDG_CACHE_HOME`` or ``~/.cache``; None without."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "align_kernels"
+    try:
+        folder = (Path(base) if base else Path.home() / ".cache") / "align_kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # a home that cannot be written to, or none at all
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def _compiled(folder: Path, name: str, compiler: str, real: str) -> Path:

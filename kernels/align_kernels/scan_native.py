@@ -24,7 +24,7 @@ def shaped(logp: Tensor, *tensors: Tensor | None, **options: Any) -> tuple[Tenso
 
 
 def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shift_mean: bool) -> Tensor:
-    """Whitens contiguous ``values`` in place by the moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
+    """Whitens contiguous ``values`` in place by moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
     count, mean, squares = merge(partials)
     var = squares / count.clamp(min=1)
     if whiten:

@@ -1,13 +1,16 @@
-"""Reference of the scan operations: loops over tokens in float64, as the formulas are written. Slow, and the truth in tests.
+"""Reference of the scan operations: loops over tokens in float64, as the formulas are written; the truth in tests.
 
 Sequences lie end to end in flat rows: sequence i is the half-open span ``spans[i]``, of a padded row or between two
 boundaries of ``cu_seqlens``.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from align_kernels.scan_checks import result_dtype
 
 
 def gae(
@@ -88,7 +91,7 @@ def shaped_rewards(
         if steps:
             rewards[steps[-1]] += min(max(float(scores[index]), -score_clip), score_clip)
         sums.append(math.fsum(kl))
-    return _tensor(rewards, logp, ref_logp), torch.tensor(sums, dtype=_dtype(logp, ref_logp), device=logp.device)
+    return _tensor(rewards, logp, ref_logp), torch.tensor(sums, dtype=result_dtype(logp, ref_logp), device=logp.device)
 
 
 def moments(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -99,30 +102,52 @@ def moments(values: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         kept = [number[t] for t in range(lo, hi) if valid[t]]
         mean = sum(kept) / max(len(kept), 1)
         rows.append([float(len(kept)), mean, sum((x - mean) ** 2 for x in kept)])
-    return torch.tensor(rows, dtype=_dtype(values), device=values.device).view(-1, 3)
+    return torch.tensor(rows, dtype=result_dtype(values), device=values.device).view(-1, 3)
 
 
-def whiten(values: Tensor, mask: Tensor, partials: Tensor, *, shift_mean: bool) -> tuple[Tensor, Tensor]:
-    """(v − mean) / sqrt(var + 1e-8) on valid tokens, the mean added back without ``shift_mean``; and (mean, var).
+def shaped(
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    kl_coef: float,
+    kl_estimator: str,
+    score_clip: float,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards, Σ KL ``[S]`` and moments ``[S, 3]``: shaped_advantages before its whitening."""
+    inputs = (logp, ref_logp, scores, mask, cu_seqlens)
+    rewards, kl_sum = shaped_rewards(*inputs, kl_coef=kl_coef, kl_estimator=kl_estimator, score_clip=score_clip)
+    tensors = (rewards, values, mask, None, bootstrap, cu_seqlens, None)
+    advantages, returns = gae(*tensors, gamma=gamma, lam=lam, mask_mode="skip", rho_bar=1.0, c_bar=1.0)
+    return advantages, returns, rewards, kl_sum, moments(advantages, mask, cu_seqlens)
 
-    ``partials`` are :func:`moments`. With fewer than two valid tokens the values come back as they are.
+
+def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shift_mean: bool) -> Tensor:
+    """(v − mean) / sqrt(var + 1e-8) in place on valid tokens, the mean added back without ``shift_mean``.
+
+    ``partials`` are :func:`moments`. With fewer than two valid tokens the values stay as they are. Returns (mean, var).
     """
     triples = partials.double().tolist()
     count = sum(n for n, _, _ in triples)
     mean = sum(n * m for n, m, _ in triples) / max(count, 1.0)
     var = sum(squares + n * (m - mean) ** 2 for n, m, squares in triples) / max(count, 1.0)
-    stats = torch.tensor([mean, var], dtype=partials.dtype, device=partials.device)
-    if count < 2:
-        return values.clone(), stats
-    white = (values.double() - mean) / math.sqrt(var + 1e-8) + (0.0 if shift_mean else mean)
-    return torch.where(mask.bool(), white, 0.0).to(values.dtype), stats
+    if whiten and count >= 2:
+        white = (values.double() - mean) / math.sqrt(var + 1e-8) + (0.0 if shift_mean else mean)
+        values.copy_(torch.where(mask.bool(), white, 0.0))
+    return torch.tensor([mean, var], dtype=partials.dtype, device=partials.device)
 
 
 def spans(tokens: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     """Where each sequence begins and ends in the flattened tokens."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(pairwise(bounds))
     batch, length = tokens.shape
     return [(row * length, (row + 1) * length) for row in range(batch)]
 
@@ -131,9 +156,5 @@ def _numbers(tensor: Tensor) -> list[float]:
     return tensor.double().flatten().tolist()
 
 
-def _dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
-
-
 def _tensor(numbers: list[float], like: Tensor, other: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=_dtype(like, other), device=like.device).view(like.shape)
+    return torch.tensor(numbers, dtype=result_dtype(like, other), device=like.device).view(like.shape)

@@ -1,8 +1,9 @@
 """Scan operations from tensor operations alone: no compiler, any device.
 
-x_t = b_t + a_t x_{t+1} is solved in blocks of 32 tokens: within all blocks at once by a loop over 32 tokens, across blocks
-by the same scheme, a 32nd of the size. The data is touched a fixed number of times, where doubling touches it log₂ T
-times and a loop over time pays for T dispatches. Padded rollouts are worked off in bundles of rows that stay in cache.
+x_t = b_t + a_t x_{t+1} is solved in blocks of 32 tokens: within all blocks at once by a loop over 32 tokens, across
+blocks by the same scheme, a 32nd of the size. The data is touched a fixed number of times, where doubling touches it
+log₂ T times and a loop over time pays for T dispatches. Padded rollouts are worked off in bundles of rows that stay in
+cache.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from align_kernels.scan_compiled import accumulator
+from align_kernels.scan_checks import result_dtype
 
 BLOCK = 32
 BUNDLE = 2**17  # tokens worked on at once: a handful of float32 tensors of this size stays in the last level of cache
@@ -36,7 +37,7 @@ def gae(
     c_bar: float,
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns; arguments as in :func:`align_kernels.gae`."""
-    dtype = accumulator(rewards, values)
+    dtype = result_dtype(rewards, values)
     advantages, returns = (rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
     for part in _parts(rewards, cu_seqlens):
         counted = torch.ones_like(part.cut(rewards), dtype=torch.bool) if mask is None else part.cut(mask).bool()
@@ -76,7 +77,7 @@ def shaped(
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Advantages, returns, rewards, Σ KL ``[S]`` and moments ``[S, 3]``: shaped_advantages before its whitening."""
-    dtype = accumulator(logp, ref_logp, values)
+    dtype = result_dtype(logp, ref_logp, values)
     rewards = logp.new_empty(logp.shape, dtype=dtype)
     kl_sum = scores.new_zeros(len(scores), dtype=dtype)
     for part in _parts(logp, cu_seqlens):
@@ -86,8 +87,8 @@ def shaped(
         reward = torch.mul(kl, -kl_coef, out=part.cut(rewards))
         part.add_to_last(reward, valid, scores[part.sequences].to(dtype).clamp(-score_clip, score_clip))
         kl_sum[part.sequences] = part.sums(kl)
-    options = {"gamma": gamma, "lam": lam, "mask_mode": "skip", "rho_bar": 1.0, "c_bar": 1.0}
-    advantages, returns = gae(rewards, values, mask, None, bootstrap, cu_seqlens, None, **options)
+    tensors = (rewards, values, mask, None, bootstrap, cu_seqlens, None)
+    advantages, returns = gae(*tensors, gamma=gamma, lam=lam, mask_mode="skip", rho_bar=1.0, c_bar=1.0)
     partials = scores.new_zeros((len(scores), 3), dtype=dtype)
     for part in _parts(logp, cu_seqlens):
         partials[part.sequences] = _moments(part, part.cut(advantages), part.cut(mask).bool())
@@ -194,7 +195,7 @@ class _Part:
         if bootstrap is not None:
             behind = bootstrap.to(value.dtype)[self.filled if self.packed else self.sequences]
         if step is not None and mode != "dense":
-            # The value of the nearest step at or behind each token, or the bootstrap; under `stop` that of none but its own.
+            # The value of the nearest step at or behind each token, or the bootstrap; under `stop` of none but its own.
             carried, passing = (value.clone() if mode == "skip" else torch.zeros_like(value)), (~step).to(value.dtype)
             carried[self.ends] = torch.where(step[self.ends], carried[self.ends], behind)
             passing[self.ends] = 0
@@ -206,7 +207,7 @@ class _Part:
 
 
 def _parts(tokens: Tensor, cu_seqlens: Tensor | None) -> Iterator[_Part]:
-    """Bundles of rows of padded ``tokens`` ``[B, T]``, or all of packed ones ``[N]``; nothing where there are no tokens."""
+    """Bundles of rows of padded ``tokens`` ``[B, T]``, or all of packed ones ``[N]``; none without tokens."""
     if not tokens.numel():
         return
     if cu_seqlens is not None:

@@ -1,22 +1,39 @@
 """K6 in Triton, in two launches: KL reward, score, GAE and moments of each sequence; then whitening of all of them.
 
-The first is K5's scan with the reward computed on the way. Each sequence leaves count, mean and summed squared differences
-from its mean; every program of the second launch merges these in the same order, so that there are no atomics.
+The first is K5's scan with the reward computed on the way. Each sequence leaves count, mean and summed squared
+differences from its mean; every program of the second launch merges these in the same order, so there are no atomics.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from align_kernels.gae_kernel import BLOCK, NUM_WARPS, bounds, discounted_sum, flags, next_step, row_stride
+from align_kernels.gae_kernel import BLOCK, NUM_WARPS, aot_spec, bounds, discounted_sum, flags, next_step, row_stride
 
 WHITEN_BLOCK = 4096
 WHITEN_WARPS = 8
 MERGE_BLOCK = 1024
 WHITEN_EPSILON = tl.constexpr(1e-8)
+
+POINTERS = {
+    "logp_ptr": "*fp32",
+    "ref_ptr": "*fp32",
+    "values_ptr": "*fp32",
+    "mask_ptr": "*u8",
+    "scores_ptr": "*fp32",
+    "bootstrap_ptr": "*fp32",
+    "cu_ptr": "*i64",
+    "advantages_ptr": "*fp32",
+    "returns_ptr": "*fp32",
+    "rewards_ptr": "*fp32",
+    "kl_sum_ptr": "*fp32",
+    "partials_ptr": "*fp32",
+}
+SIZES = ["length", "logp_stride", "ref_stride", "values_stride", "mask_stride"]
+RATES = ["kl_coef", "score_clip", "gamma", "lam"]
+WHITEN_POINTERS = {"values_ptr": "*fp32", "mask_ptr": "*u8", "partials_ptr": "*fp32", "stats_ptr": "*fp32"}
+WHITEN_SIZES = ["size", "num_parts"]
 
 
 @triton.jit
@@ -34,11 +51,7 @@ def token_kl(d, ESTIMATOR: tl.constexpr):
 
 
 # ------------------------------------------------------------------ first launch
-@triton.jit(
-    do_not_specialize=(
-        "length logp_stride ref_stride values_stride mask_stride kl_coef score_clip gamma lam".split()
-    )
-)
+@triton.jit(do_not_specialize=SIZES + RATES)
 def shaped_kernel(
     logp_ptr,
     ref_ptr,
@@ -69,13 +82,6 @@ def shaped_kernel(
     kl_coef = tl.full((), kl_coef, tl.float32)
     score_clip = tl.full((), score_clip, tl.float32)
     sequence, row, lo, hi = bounds(cu_ptr, length)
-    logp_ptr += row * logp_stride
-    ref_ptr += row * ref_stride
-    values_ptr += row * values_stride
-    mask_ptr += row * mask_stride
-    advantages_ptr += row * length
-    returns_ptr += row * length
-    rewards_ptr += row * length
     score = tl.load(scores_ptr + sequence).to(tl.float32)
     score = tl.where(score > score_clip, score_clip, tl.where(score < -score_clip, -score_clip, score))  # NaN stays
     value_beyond = tl.full((), 0.0, tl.float32)
@@ -87,23 +93,30 @@ def shaped_kernel(
     count = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
     squares = tl.full((), 0.0, tl.float32)
+    t = tl.arange(0, BLOCK)  # within a block; where the block starts is a 64-bit scalar
     num_blocks = tl.cdiv(hi - lo, BLOCK)
     for i in range(num_blocks):
-        t = lo + (num_blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        inside = t < hi
-        valid = tl.load(mask_ptr + t, mask=inside, other=0) != 0
-        logp = tl.load(logp_ptr + t, mask=valid, other=0.0).to(tl.float32)
-        ref_logp = tl.load(ref_ptr + t, mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + t, mask=valid, other=0.0).to(tl.float32)
-        following, found, value_beyond, seen = next_step(values_ptr, mask_ptr, t, hi, seen, value_beyond, BLOCK)
+        start = lo + (num_blocks - 1 - i) * BLOCK
+        room = tl.minimum(hi - start, BLOCK + 1).to(tl.int32)
+        inside = t < room
+        block_values_ptr = values_ptr + (row * values_stride + start)
+        block_mask_ptr = mask_ptr + (row * mask_stride + start)
+        out = row * length + start
+        following, found, value_beyond, seen = next_step(
+            block_values_ptr, block_mask_ptr, room, seen, value_beyond, BLOCK
+        )
+        valid = tl.load(block_mask_ptr + t, mask=inside, other=0) != 0
+        logp = tl.load(logp_ptr + (row * logp_stride + start) + t, mask=valid, other=0.0).to(tl.float32)
+        ref_logp = tl.load(ref_ptr + (row * ref_stride + start) + t, mask=valid, other=0.0).to(tl.float32)
         kl = token_kl(logp - ref_logp, ESTIMATOR)
         reward = tl.where(valid, -kl_coef * kl, 0.0) + tl.where(valid & (found == 0), score, 0.0)
+        tl.store(rewards_ptr + out + t, reward, mask=inside)
+        value = tl.load(block_values_ptr + t, mask=valid, other=0.0).to(tl.float32)
         delta = tl.where(valid, reward + gamma * following - value, 0.0)
         advantage, advantage_beyond = discounted_sum(delta, tl.where(valid, rate, 1.0), advantage_beyond, BLOCK)
         advantage = tl.where(valid, advantage, 0.0)
-        tl.store(advantages_ptr + t, advantage, mask=inside)
-        tl.store(returns_ptr + t, tl.where(valid, advantage + value, 0.0), mask=inside)
-        tl.store(rewards_ptr + t, reward, mask=inside)
+        tl.store(advantages_ptr + out + t, advantage, mask=inside)
+        tl.store(returns_ptr + out + t, tl.where(valid, advantage + value, 0.0), mask=inside)
         kl_sum += tl.sum(kl, 0)
         # Moments of the block joined to those of the blocks before (Chan, Golub & LeVeque 1979).
         block_count = tl.sum(valid.to(tl.float32), 0)
@@ -143,7 +156,7 @@ def _merge(partials_ptr, num_parts, MERGE: tl.constexpr):
     return count, mean, tl.sum(squares, 0) / tl.maximum(count, 1.0)
 
 
-@triton.jit(do_not_specialize=["size", "num_parts"])
+@triton.jit(do_not_specialize=WHITEN_SIZES)
 def whiten_kernel(
     values_ptr,
     mask_ptr,
@@ -188,10 +201,10 @@ def shaped(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Advantages, returns, rewards, Σ KL ``[S]`` and moments ``[S, 3]``, float32: shaped_advantages before its whitening."""
-    options = {"dtype": torch.float32, "device": logp.device}
-    advantages, returns, rewards = (torch.empty(logp.shape, **options) for _ in range(3))
-    kl_sum, partials = torch.zeros(len(scores), **options), torch.zeros((len(scores), 3), **options)
+    """Advantages, returns, rewards, Σ KL ``[S]`` and moments ``[S, 3]``: shaped_advantages before its whitening."""
+    advantages, returns, rewards = (torch.empty(logp.shape, dtype=torch.float32, device=logp.device) for _ in range(3))
+    kl_sum = advantages.new_zeros(len(scores))
+    partials = advantages.new_zeros((len(scores), 3))
     if not logp.numel() or not len(scores):
         return advantages, returns, rewards, kl_sum, partials
     with torch.cuda.device_of(logp):
@@ -200,9 +213,9 @@ def shaped(
             ref_logp,
             values,
             flags(mask),
-            scores.contiguous(),
-            None if bootstrap is None else bootstrap.contiguous(),
-            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            scores,
+            bootstrap,
+            cu_seqlens,
             advantages,
             returns,
             rewards,
@@ -223,7 +236,7 @@ def shaped(
 
 
 def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shift_mean: bool) -> Tensor:
-    """Whitens contiguous ``values`` in place by the moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
+    """Whitens contiguous ``values`` in place by moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
     stats = torch.zeros(2, dtype=torch.float32, device=values.device)
     programs = triton.cdiv(values.numel(), WHITEN_BLOCK) if whiten else 1
     if programs:
@@ -243,3 +256,25 @@ def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shi
                 enable_fp_fusion=True,
             )
     return stats
+
+
+# ------------------------------------------------------------------ what tools/aot_check.py compiles
+AOT_SPECS = [
+    *(
+        aot_spec(variant, shaped_kernel, POINTERS | types, SIZES, RATES, absent, ESTIMATOR=estimator)
+        for variant, types, absent, estimator in (
+            ("k1", {}, "bootstrap_ptr cu_ptr", "k1"),
+            ("k2,bf16 values", {"values_ptr": "*bf16"}, "bootstrap_ptr cu_ptr", "k2"),
+            ("k3,packed,bootstrap", {"cu_ptr": "*i32"}, "", "k3"),
+        )
+    ),
+    *(
+        aot_spec(variant, whiten_kernel, WHITEN_POINTERS, WHITEN_SIZES, [], "", MERGE=MERGE_BLOCK, **constexprs)
+        | {"num_warps": WHITEN_WARPS, "limits": {"regs": 96, "spill": 0, "shared": 49152}}
+        for variant, constexprs in (
+            ("shifted", {"BLOCK": WHITEN_BLOCK, "WHITEN": True, "SHIFT_MEAN": True}),
+            ("scaled", {"BLOCK": WHITEN_BLOCK, "WHITEN": True, "SHIFT_MEAN": False}),
+            ("moments only", {"BLOCK": WHITEN_BLOCK, "WHITEN": False, "SHIFT_MEAN": True}),
+        )
+    ),
+]

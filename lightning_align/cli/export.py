@@ -29,8 +29,8 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
     """Start the run's module from the checkpoint exactly as resuming does, and export instead of training."""
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from lightning_align.cli.plan import PlanOnly
     from lightning_align.cli.fit import build, import_methods, quiet, run_trainer
+    from lightning_align.cli.plan import PlanOnly
     from lightning_align.run.checkpoints import check_checkpoint
 
     class ExportInstead(Callback):

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_align.methods
 from lightning_align.callbacks.export import ExportModel
 from lightning_align.callbacks.nan_guard import NanGuard
-from lightning_align.cli.plan import Plan, PlanOnly
 from lightning_align.callbacks.progress import RunProgress
 from lightning_align.cli.parsing import explain, translate_options
+from lightning_align.cli.plan import Plan, PlanOnly
 from lightning_align.data.datamodules import BaseDataModule
 from lightning_align.errors import UserError
 from lightning_align.methods.base import AlignModule

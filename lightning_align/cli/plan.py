@@ -85,7 +85,7 @@ def memory_rows(
     """Estimated peak by part, beside what the machine has."""
     config = load_config(resolve_source(module.source), module.tokenizer).get_text_config()
     if isinstance(module, OnlineModule):
-        sequences = min(module.micro_batch_size, datamodule.batch_size * module.sampling.num_samples)
+        sequences: float = min(module.micro_batch_size, datamodule.batch_size * module.sampling.num_samples)
         length = datamodule.max_tokens_seen + module.sampling.max_new_tokens
     else:
         sequences, length = datamodule.sequences_per_batch, datamodule.max_tokens_seen
@@ -99,7 +99,10 @@ def memory_rows(
         dtype_bytes=DTYPE_BYTES[module.model_dtype],
         gradient_checkpointing=module.gradient_checkpointing,
     )
-    total = parts.pop("total")
+    if trainer.strategy.root_device.type == "cpu":
+        parts |= {"program and data": psutil.Process().memory_info().rss}
+    parts.pop("total")
+    total = sum(parts.values())
     available, what = device_memory(trainer)
     rows = [
         ("memory", f"about {gib(total)} a device, of {gib(available)} {what}"),
@@ -120,7 +123,9 @@ def device_memory(trainer: Trainer) -> tuple[int, str]:
 
 def gib(size: float) -> str:
     """Bytes for people."""
-    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:,.0f} GiB"
+    if size < GIB:
+        return f"{size / 2**20:,.0f} MiB"
+    return f"{size / GIB:,.{1 if size < 100 * GIB else 0}f} GiB"
 
 
 def show(rows: list[tuple[str, str]]) -> None:

@@ -51,6 +51,7 @@ class BaseDataModule(L.LightningDataModule):
 
     kind: Kind
     packs = False  # whether rows hold several documents that must not see each other
+    group_by_length = False
 
     def __init__(
         self,
@@ -215,6 +216,7 @@ class BaseDataModule(L.LightningDataModule):
             rank=rank,
             seed=self.seed,
             shuffle=self.shuffle,
+            group_by_length=self.group_by_length,
         )
         if self.trainer is not None:
             loader.limit = _limited(len(loader), self.trainer.limit_train_batches)

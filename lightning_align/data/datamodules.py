@@ -71,6 +71,7 @@ class SFTDataModule(BaseDataModule):
             those within a prompt too) or ``all``.
         packing: ``bfd`` packs whole records into rows, which do not see each other; ``none`` gives each its own row.
         document_mask: Whether the records of a row are kept apart.
+        group_by_length: Batch records of similar length: less padding, for batches that are a little less random.
         kwargs: The settings of :class:`BaseDataModule`.
     """
 
@@ -82,10 +83,12 @@ class SFTDataModule(BaseDataModule):
         loss_on: LossOn = "completion",
         packing: Literal["bfd", "none"] = "none",
         document_mask: bool = True,
+        group_by_length: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.loss_on = loss_on
+        self.group_by_length = group_by_length
         self.packing: Literal["bfd", "none"] = packing
         self.document_mask = document_mask
         self.packs = packing != "none" and document_mask
@@ -115,6 +118,7 @@ class PreferenceDataModule(BaseDataModule):
             margin, or ``auto``: ``small`` where records carry a strength. A record's own ``margin`` goes before it.
         ties: ``drop`` them, or learn them as ``soft`` labels of ½.
         aspect: Use the comparisons of this aspect only.
+        group_by_length: Batch prompts with answers of similar length.
         kwargs: The settings of :class:`BaseDataModule`.
     """
 
@@ -126,6 +130,7 @@ class PreferenceDataModule(BaseDataModule):
         margin: Literal["auto", "none", "small", "large"] | dict[str, float] = "auto",
         ties: Ties = "drop",
         aspect: Literal["helpfulness", "safety"] | None = None,
+        group_by_length: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -134,6 +139,7 @@ class PreferenceDataModule(BaseDataModule):
         self.margin = margin
         self.ties = ties
         self.aspect = aspect
+        self.group_by_length = group_by_length
         if aspect is not None and self.path == PLAYGROUND:
             self.playground["aspect"] = aspect
 

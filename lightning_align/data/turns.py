@@ -78,11 +78,13 @@ def inferred_turns(
     before = render(
         tokenizer, [conversations[i][:turn] for i, turn in turns], add_generation_prompt=True, places=turn_places
     )
-    through = render(tokenizer, [conversations[i][: turn + 1] for i, turn in turns], places=turn_places)
+    inner = [(i, turn) for i, turn in turns if turn + 1 < len(conversations[i])]
+    rendered = render(tokenizer, [conversations[i][: turn + 1] for i, turn in inner])
+    through = dict(zip(inner, rendered, strict=True))
     known = conventions(tokenizer)
     spans: list[list[Span]] = [[] for _ in texts]
-    for (index, turn), head, whole in zip(turns, before, through, strict=True):
-        start, stop = len(head), _shared_length(texts[index], whole, known)
+    for (index, turn), head in zip(turns, before, strict=True):
+        start, stop = len(head), _shared_length(texts[index], through.get((index, turn), texts[index]), known)
         if not texts[index].startswith(head) or stop is None or stop <= start:
             raise UserError(
                 f"{place_prefix(places, index)}message {turn + 1} cannot be told from its surroundings, because the "

@@ -32,6 +32,7 @@ COLOURS = {
 }
 PNG_DPI = 200
 TITLE_COLUMNS = 58
+SOURCE_COLUMNS = 95
 # in order of preference: each is drawn where there is room beside those before it
 KL_TICKS = [0.0, *(factor * 10.0**power for factor in (1, 5, 2) for power in range(4, -4, -1))]
 Y_LABELS = {"proxy": "mean reward", "gold": "mean score"}
@@ -81,7 +82,9 @@ def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_ti
         if with_title:
             title = "\n".join(textwrap.wrap(finding.headline, TITLE_COLUMNS))
             figure.suptitle(title, x=0.012, ha="left", weight="bold", size=layout.font * 1.28)
-            figure.supxlabel(source_line(analysis), x=0.012, ha="left", size=layout.font * 0.8, color=COLOURS["muted"])
+            lines = (textwrap.fill(line, SOURCE_COLUMNS) for line in source_line(analysis).split("\n"))
+            size = layout.font * 0.8
+            figure.supxlabel("\n".join(lines), x=0.012, ha="left", size=size, color=COLOURS["muted"])
     return figure
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.rewards.base import Reward, Scores
 from lightning_align.rewards.build import build_reward, parse_reward
 from lightning_align.rollout.engine import Engine, build_engine
-from lightning_align.rollout.types import Experience, Rollout, SamplingParams
+from lightning_align.rollout.types import Experience, Rollout, SamplingParams, by_length
 from lightning_align.run.logging import log_samples
 
 RewardSpec = str | dict[str, Any]
@@ -51,11 +51,6 @@ class Frozen:
         for reward in (self.reward, self.gold):
             if reward is not None:
                 reward.to(device)
-
-
-def slices(rows: int, size: int) -> Iterator[slice]:
-    """``rows`` in slices of at most ``size``."""
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 class OnlineModule(AlignModule):
@@ -283,21 +278,36 @@ class OnlineModule(AlignModule):
         temperature: float | None = None,
         against: nn.Module | None = None,
     ) -> TokenStats:
-        """Token statistics of a whole rollout without gradient, a micro-batch at a time."""
-        parts = [
-            token_stats(
+        """Token statistics of a whole rollout without gradient, a micro-batch of similar length at a time."""
+
+        def compute(part: Rollout) -> TokenStats:
+            return token_stats(
                 model,
-                rollout.input_ids[rows],
-                rollout.attention_mask[rows],
-                mask=rollout.completion_mask[rows],
+                part.input_ids,
+                part.attention_mask,
+                mask=part.completion_mask,
                 temperature=self.temperature if temperature is None else temperature,
                 entropy=entropy,
                 ref_model=against,
             )
-            for rows in slices(len(rollout), self.micro_batch_size)
-        ]
-        logp, *others = zip(*parts, strict=True)
-        return TokenStats(torch.cat(logp), *(None if column[0] is None else torch.cat(column) for column in others))
+
+        logp, *others = self.in_micro_batches(rollout, compute)
+        assert logp is not None
+        return TokenStats(logp, *others)
+
+    def in_micro_batches(
+        self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor | None]]
+    ) -> list[Tensor | None]:
+        """What ``compute`` returns for micro-batches (tensors ``[n]`` or ``[n, t]``), put together for all rows."""
+        columns: list[Tensor | None] = []
+        for rows in by_length(rollout.attention_mask, self.micro_batch_size):
+            results = compute(rollout.select(rows).cropped())
+            if not columns:
+                columns = [None if r is None else r.new_zeros(rollout.input_ids.shape[: r.ndim]) for r in results]
+            for column, result in zip(columns, results, strict=True):
+                if column is not None and result is not None:
+                    column[(rows, slice(result.shape[1])) if result.ndim == 2 else rows] = result
+        return columns
 
     def scores(self, reward: Reward, rollout: Rollout) -> Scores:
         """Scores of completions as text: the reward model may use another tokenizer."""
@@ -332,7 +342,7 @@ class OnlineModule(AlignModule):
         """Gradients of one optimiser step, a micro-batch at a time; returns its metrics."""
         normaliser = self.all_reduce(minibatch.completion_mask.sum().float()).clamp(min=1)
         objectives = self.further_objectives()
-        for rows in slices(len(minibatch), self.micro_batch_size):
+        for rows in by_length(minibatch.attention_mask, self.micro_batch_size):
             objectives.append(partial(self._micro_loss, minibatch, rows, normaliser))
         sums: Metrics = {}
         for index, objective in enumerate(objectives):
@@ -343,8 +353,8 @@ class OnlineModule(AlignModule):
             add_sums(sums, micro)
         return sums
 
-    def _micro_loss(self, minibatch: Experience, rows: slice, normaliser: Tensor) -> tuple[Tensor, Metrics]:
-        return self.minibatch_loss(minibatch.select(rows), normaliser)
+    def _micro_loss(self, minibatch: Experience, rows: Tensor, normaliser: Tensor) -> tuple[Tensor, Metrics]:
+        return self.minibatch_loss(minibatch.select(rows).cropped(), normaliser)
 
     def further_objectives(self) -> list[Objective]:
         """Hook: losses on other data that are added to every optimiser step."""

@@ -20,7 +20,7 @@ from lightning_align.losses.policy import ppo_policy_loss
 from lightning_align.losses.value import value_loss
 from lightning_align.methods.base import decay_groups
 from lightning_align.methods.measures import column_sums, truncated
-from lightning_align.methods.online import Objective, OnlineModule, slices
+from lightning_align.methods.online import Objective, OnlineModule
 from lightning_align.models.heads import ValueModel
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.rewards.base import Reward
@@ -262,16 +262,19 @@ class PPOModule(OnlineModule):
 
     def values(self, rollout: Rollout) -> Tensor:
         """Value of the state before every token, ``[B, T]``."""
-        rows = slices(len(rollout), self.micro_batch_size)
-        return torch.cat([self.value_model(rollout.input_ids[r], rollout.attention_mask[r]) for r in rows])
+        (values,) = self.in_micro_batches(rollout, lambda part: [self.value_model(part.input_ids, part.attention_mask)])
+        assert values is not None
+        return values
 
     def bootstrap(self, rollout: Rollout) -> Tensor | None:
         """Value of the last state of truncated completions, if asked for; finished ones end with 0."""
         if not self.bootstrap_truncated:
             return None
-        rows = slices(len(rollout), self.micro_batch_size)
-        last = [self.value_model.last_value(rollout.input_ids[r], rollout.attention_mask[r]) for r in rows]
-        return torch.where(truncated(rollout), torch.cat(last), 0.0)
+        (last,) = self.in_micro_batches(
+            rollout, lambda part: [self.value_model.last_value(part.input_ids, part.attention_mask)]
+        )
+        assert last is not None
+        return torch.where(truncated(rollout), last, 0.0)
 
     def shape_scores(self, scores: Tensor, rollout: Rollout) -> Tensor:
         """Score after the missing-EOS rule, clipping and scaling, in this order; NaN stays NaN."""

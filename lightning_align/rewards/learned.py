@@ -53,7 +53,7 @@ class LearnedReward:
     ) -> Tensor:
         """One normalised score per completion ``[B]``; an unfinished one is read at its last token, without EOS."""
         encoded = self._encode(prompts, completions, finished)
-        scores = torch.empty(len(encoded))
+        scores = torch.empty(len(encoded), dtype=torch.float32)  # whatever the default dtype of the training is
         for rows in _batches([len(ids) for ids in encoded], self.max_batch_tokens):
             scores[rows] = self._forward([encoded[row] for row in rows])
         return scores

@@ -115,6 +115,11 @@ class Rollout:
         positions = _positions(indices)
         return _map_fields(self, lambda value: _take(value, positions))
 
+    def cropped(self) -> "Rollout":
+        """Without the columns on the right that are padding in every row."""
+        width = int(self.attention_mask.any(0).sum())
+        return _map_fields(self, lambda value: _crop(value, width))
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -170,6 +175,11 @@ class Experience:
         positions = _positions(indices)
         return _map_fields(self, lambda value: _take(value, positions))
 
+    def cropped(self) -> "Experience":
+        """Without the columns on the right that are padding in every row."""
+        width = int(self.attention_mask.any(0).sum())
+        return _map_fields(self, lambda value: _crop(value, width))
+
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
         """``count`` minibatches of a fresh shuffle, as equal in size as possible; every row is in exactly one."""
         if not 1 <= count <= len(self):
@@ -209,6 +219,17 @@ def _take(value: Any, indices: slice | list[int]) -> Any:
     if isinstance(indices, slice):
         return value[indices]
     return value[torch.as_tensor(indices, dtype=torch.int64, device=value.device)]
+
+
+def _crop(value: Any, width: int) -> Any:
+    if isinstance(value, Rollout):
+        return value.cropped()
+    return value[:, :width] if isinstance(value, Tensor) and value.ndim == 2 else value
+
+
+def by_length(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Row numbers in groups of at most ``size`` rows [B, T] of similar length, the longest first."""
+    return attention_mask.sum(1).argsort(descending=True, stable=True).split(size)
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:

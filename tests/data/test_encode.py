@@ -169,7 +169,12 @@ def test_a_continuation_is_not_taken_for_a_new_text(
 
 def test_whole_words_are_not_glued(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("words")
-    for prompt, completion in (("answer :", "cat"), ("answer : ", "cat"), ("answer :", " cat"), ("answer :\n", " cat ")):
+    for prompt, completion in (
+        ("answer :", "cat"),
+        ("answer : ", "cat"),
+        ("answer :", " cat"),
+        ("answer :\n", " cat "),
+    ):
         tokens = tokenizer.convert_ids_to_tokens(encode_pair(tokenizer, prompt, completion).input_ids)
         assert tokens == ["answer", ":", "cat", "<eos>"]
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_align.data.records import KINDS, RecordError, is_conversational, is_messages, validate
@@ -151,6 +151,7 @@ nested = values | st.lists(values, max_size=3) | st.lists(st.dictionaries(st.sam
 fields = st.dictionaries(st.sampled_from(sorted({name for record in GOOD.values() for name in record})), nested)
 
 
+@settings(derandomize=True, deadline=None)
 @given(st.sampled_from(KINDS), st.booleans(), fields)
 def test_whatever_comes_is_a_record_or_a_record_error(kind: Any, whole: bool, changes: dict[str, Any]) -> None:
     """Nothing but RecordError is raised, and checking a checked record changes nothing."""

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_align.lab.runs import Curve, Point
+from lightning_align.lab.analysis import Analysis, analyse
+from lightning_align.lab.runs import Curve, Point, load_curve
 from lightning_align.run.logging import FileLogger
 
 MakeRun = Callable[..., Path]
 MakeCurve = Callable[..., Curve]
+ATTACK = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
 
 
 def gao(d: Any, alpha: float, beta: float) -> Any:
@@ -96,3 +98,9 @@ def peaked() -> dict[str, list[float]]:
 def peak_kl() -> float:
     """KL of the peak of :func:`peaked`."""
     return math.exp(0.55 / 0.35 - 1) ** 2
+
+
+@pytest.fixture
+def analysis(make_run: MakeRun, peaked: dict[str, list[float]]) -> Analysis:
+    """Of a run that rises and falls and whose samples try to be markup."""
+    return analyse(load_curve(make_run(**peaked, prompts=[ATTACK, "plain"], completions=["a & b", ATTACK])))

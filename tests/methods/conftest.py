@@ -1,0 +1,211 @@
+"""A tiny world, made once: records, an architecture, trained runs, and the real command line to train more."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_align.cli import fit
+from lightning_align.cli.main import run
+from lightning_align.methods.base import AlignModule
+from lightning_align.playground import records
+
+ARCHITECTURE = """
+architecture: llama
+hidden_size: 32
+intermediate_size: 48
+num_hidden_layers: 2
+num_attention_heads: 4
+num_key_value_heads: 2
+max_position_embeddings: 96
+tie_word_embeddings: true
+tokenizer: {train: {vocab_size: 512, algorithm: words}}
+"""
+# seventeen records in batches of eight: the last window of an epoch has one
+SIZES = {"text": 17, "sft": 17, "preference": 17, "prompt": 12}
+ALWAYS = {
+    **{"seed_everything": 0, "run.wandb": "disabled", "run.checkpoint_every": 100},
+    **{"trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 1},
+}
+# a run of each kind that later ones start from; more would not make the tests any stricter
+TRAINED: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        **{"model": "PretrainModule", "model.model": "@model.yaml", "model.learning_rate": 3e-3},
+        **{"data": "TextDataModule", "data.path": "playground", "data.playground.size": 300, "data.max_length": 64},
+        **{"data.val_path": "@text_val.jsonl", "data.batch_size": 16, "trainer.max_epochs": 3},
+    },
+    "sft": {
+        **{"model": "SFTModule", "model.model": "@pretrain", "model.learning_rate": 3e-3, "data": "SFTDataModule"},
+        **{"data.path": "playground", "data.playground.size": 300, "data.val_path": "@sft_val.jsonl"},
+        **{"data.batch_size": 16, "trainer.max_epochs": 2},
+    },
+    "reward": {
+        **{"model": "RewardModule", "model.model": "@sft", "model.learning_rate": 3e-3, "data": "PreferenceDataModule"},
+        **{"data.path": "playground", "data.playground.size": 200, "data.val_path": "@preference_val.jsonl"},
+        **{"data.batch_size": 16, "trainer.max_epochs": 1},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Args:
+        path: The run directory.
+        module: The module that trained, where it did so in this process.
+    """
+
+    path: Path
+    module: Any = None
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """Rows of ``metrics.csv`` without what the clock says, and without empty cells."""
+        with (self.path / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [{n: float(v) for n, v in row.items() if v != "" and n != "eps" and "time/" not in n} for row in rows]
+
+    def row(self, step: int, name: str) -> dict[str, float]:
+        """The row of a step that has a metric of this name."""
+        return next(row for row in self.rows if row["step"] == step and name in row)
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of ``samples.jsonl``."""
+        return [json.loads(line) for line in (self.path / "samples.jsonl").read_text().splitlines()]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The exported model."""
+        return load_file(self.path / "model" / "model.safetensors")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """``run.json``."""
+        return json.loads((self.path / "run.json").read_text())
+
+    def checkpoint(self, name: str = "last") -> dict[str, Any]:
+        """A checkpoint; ``name`` may be the beginning of its name."""
+        (file,) = (self.path / "checkpoints").glob(f"{name}*.ckpt")
+        return torch.load(file, weights_only=True)
+
+
+class World:
+    """Records and trained runs in a folder. In options, ``@name`` is the file or run of that name there."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.driver: subprocess.Popen[str] | None = None
+        self.runs = 0
+        (root / "model.yaml").write_text(ARCHITECTURE)
+        for kind, size in SIZES.items():
+            self.write(f"{kind}.jsonl", weighted(records(kind, size=size)))
+            self.write(f"{kind}_val.jsonl", records(kind, split="val", size=5))
+
+    def write(self, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+        """Records as a file; returns ``@name``."""
+        (self.root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"@{name}"
+
+    def words(self, options: Mapping[str, Any]) -> list[str]:
+        """Options as words of a command line."""
+        return [f"--{name}={self._word(value)}" for name, value in options.items()]
+
+    def _word(self, value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text.replace("@", f"{self.root}/")
+
+    def command(self, options: Mapping[str, Any], name: str | None = None) -> tuple[list[str], Path]:
+        """A whole ``fit`` command line, and its run directory."""
+        self.runs += 1
+        name = name or f"run{self.runs}"
+        place = {"run.root": str(self.root), "run.name": name}
+        return ["fit", *self.words({**ALWAYS, **options, **place})], self.root / name
+
+    def fit(self, options: Mapping[str, Any], *, name: str | None = None, code: int = 0) -> Run:
+        """Train in this process."""
+        argv, path = self.command(options, name)
+        built: list[Any] = []
+        with pytest.MonkeyPatch.context() as patch:
+            build = fit.build
+            patch.setattr(fit, "build", lambda *arguments: built.append(build(*arguments)) or built[-1])
+            patch.setenv("PL_GLOBAL_SEED", "0")  # Lightning's own, which seeds sampling and data: given back afterwards
+            assert run(argv) == code
+        return Run(path, built[0].model if built else None)
+
+    def ready(self, options: Mapping[str, Any]) -> Any:
+        """A module with data and weights, as at the start of a run that then trains nothing."""
+        idle = {"trainer.limit_train_batches": 0, "trainer.limit_val_batches": 0, "trainer.max_steps": -1}
+        return self.fit({**options, **{k: v for k, v in idle.items() if k != "trainer.max_steps"}}).module
+
+    def fork(
+        self, options: Mapping[str, Any], *flags: str, name: str | None = None, code: int | None = 0, **request: Any
+    ) -> Run:
+        """Train in a child of the driver; ``request`` goes to it. ``code`` is what the child must end with."""
+        if self.driver is None:
+            self.driver = start_driver()
+        argv, path = self.command(options, name)
+        log = self.root / f"{path.name}.log"
+        assert self.driver.stdin is not None
+        assert self.driver.stdout is not None
+        self.driver.stdin.write(json.dumps({"argv": [*argv, *flags], "log": str(log), **request}) + "\n")
+        self.driver.stdin.flush()
+        answer = json.loads(self.driver.stdout.readline())
+        assert code is None or answer["code"] == code, f"{answer}\n{log.read_text()[-4000:]}"
+        return Run(path)
+
+
+def start_driver() -> subprocess.Popen[str]:
+    """The process that forks the children."""
+    file = Path(__file__).with_name("fork_driver.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def weighted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of which some count more than others, where the kind has weights."""
+    if "completion" not in rows[0] and "chosen" not in rows[0]:
+        return list(rows)
+    return [{**row, "weight": (1.0, 0.25, 3.0)[index % 3]} for index, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The world, with the runs of :data:`TRAINED`."""
+    torch.set_num_threads(1)
+    world = World(tmp_path_factory.mktemp("world"))
+    for name, options in TRAINED.items():
+        world.fit(options, name=name)
+    yield world
+    if world.driver is not None:
+        assert world.driver.stdin is not None
+        world.driver.stdin.close()
+        world.driver.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[[AlignModule, Tensor], dict[str, Tensor]]:
+    """``gradients(module, loss)``: of everything that is trained, by name; zeros where there is none."""
+
+    def compute(module: AlignModule, loss: Tensor) -> dict[str, Tensor]:
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for name, parameter, gradient in zip(names, parameters, found, strict=True)
+        }
+
+    return compute
