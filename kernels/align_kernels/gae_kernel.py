@@ -1,8 +1,8 @@
 """K5 in Triton: generalised advantage estimation by an associative scan, one program per sequence.
 
 A_t = δ_t + a_t A_{t+1} composes, from the right, maps x → δ_t + a_t x; a token passed over is the identity.
-What follows a token is a second scan, of the nearest step to its right. Blocks go from the right end to the left; what a
-block hands on stays in registers.
+What follows a token is a second scan, of the nearest step to its right. Blocks go from the right end to the left; what
+a block hands on stays in registers.
 """
 
 import math

@@ -67,10 +67,10 @@ void gae(const REAL *rewards, int64_t rewards_stride, const REAL *values, int64_
 void shaped(const REAL *logp, int64_t logp_stride, const REAL *ref_logp, int64_t ref_logp_stride,
             const REAL *values, int64_t values_stride, const uint8_t *mask, int64_t mask_stride,
             const REAL *scores, const REAL *bootstrap, const int64_t *cu_seqlens, int64_t length,
-            double kl_coef, double gamma_, double lam, int32_t estimator,
+            double kl_coef, double score_clip, double gamma_, double lam, int32_t estimator,
             REAL *advantages, REAL *returns, REAL *rewards, REAL *kl_sum, REAL *partials, int64_t first, int64_t last)
 {
-    const REAL gamma = (REAL)gamma_, rate = (REAL)(gamma_ * lam);
+    const REAL gamma = (REAL)gamma_, rate = (REAL)(gamma_ * lam), clip = (REAL)score_clip;
     for (int64_t i = first; i < last; i++) {
         const int64_t row = cu_seqlens ? 0 : i, lo = cu_seqlens ? cu_seqlens[i] : 0;
         const int64_t hi = cu_seqlens ? cu_seqlens[i + 1] : length;
@@ -78,7 +78,8 @@ void shaped(const REAL *logp, int64_t logp_stride, const REAL *ref_logp, int64_t
         const REAL *v = values + row * values_stride;
         const uint8_t *m = mask + row * mask_stride;
         REAL *a = advantages + row * length, *g = returns + row * length, *r = rewards + row * length;
-        REAL next_value = bootstrap ? bootstrap[i] : 0, next_advantage = 0, score = scores[i];
+        REAL next_value = bootstrap ? bootstrap[i] : 0, next_advantage = 0;
+        REAL score = scores[i] > clip ? clip : scores[i] < -clip ? -clip : scores[i]; /* a NaN stays */
         double kl_total = 0, total = 0, squares = 0;
         int64_t count = 0;
         for (int64_t t = hi - 1; t >= lo; t--) {
@@ -110,10 +111,29 @@ void shaped(const REAL *logp, int64_t logp_stride, const REAL *ref_logp, int64_t
     }
 }
 
-/* x ← (x - shift) · scale + back where counted, 0 elsewhere, over the tokens first … last - 1. */
-void whiten(REAL *values, const uint8_t *mask, double shift_, double scale_, double back_, int64_t first, int64_t last)
+/* Whitens the tokens first … last - 1 by count, mean and squares [parts][3] of all of them, if asked to, and leaves their
+ * mean and biased variance. Every thread merges the parts for itself, in the same order (Chan, Golub & LeVeque 1979). */
+void whiten(REAL *values, const uint8_t *mask, const REAL *partials, int64_t parts, int32_t wanted, int32_t shift_mean,
+            REAL *stats, int64_t first, int64_t last)
 {
-    const REAL shift = (REAL)shift_, scale = (REAL)scale_, back = (REAL)back_;
+    double count = 0, sum = 0, squares = 0;
+    for (int64_t i = 0; i < parts; i++) {
+        count += (double)partials[3 * i];
+        sum += (double)partials[3 * i] * (double)partials[3 * i + 1];
+    }
+    const double mean = sum / (count > 1 ? count : 1);
+    for (int64_t i = 0; i < parts; i++) {
+        const double gap = (double)partials[3 * i + 1] - mean;
+        squares += (double)partials[3 * i + 2] + (double)partials[3 * i] * gap * gap;
+    }
+    const double var = squares / (count > 1 ? count : 1);
+    if (first == 0) {
+        stats[0] = (REAL)mean;
+        stats[1] = (REAL)var;
+    }
+    if (!wanted || count < 2) /* one value has no spread: it stays as it is */
+        return;
+    const REAL shift = (REAL)mean, scale = (REAL)(1 / sqrt(var + 1e-8)), back = shift_mean ? 0 : shift;
     for (int64_t t = first; t < last; t++)
         values[t] = mask[t] ? (values[t] - shift) * scale + back : 0;
 }

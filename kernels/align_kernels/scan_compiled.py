@@ -33,8 +33,8 @@ _POINTER, _INT, _REAL, _ENUM = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double,
 _ROWS = (_POINTER, _INT)  # a tensor and its row stride
 ARGUMENTS = {
     "gae": (*_ROWS * 5, _POINTER, _POINTER, _INT, *[_REAL] * 4, _ENUM, _POINTER, _POINTER, _INT, _INT),
-    "shaped": (*_ROWS * 4, *[_POINTER] * 3, _INT, *[_REAL] * 3, _ENUM, *[_POINTER] * 5, _INT, _INT),
-    "whiten": (_POINTER, _POINTER, *[_REAL] * 3, _INT, _INT),
+    "shaped": (*_ROWS * 4, *[_POINTER] * 3, _INT, *[_REAL] * 4, _ENUM, *[_POINTER] * 5, _INT, _INT),
+    "whiten": (*[_POINTER] * 3, _INT, _ENUM, _ENUM, _POINTER, _INT, _INT),
 }
 
 
@@ -92,19 +92,22 @@ def shaped(
         *call.rows(ref_logp),
         *call.rows(values),
         *call.flags(mask),
-        call.flat(scores.clamp(-score_clip, score_clip)),
+        call.flat(scores),
         call.flat(bootstrap),
     )
-    scalars = (kl_coef, gamma, lam, ESTIMATORS[kl_estimator])
+    scalars = (kl_coef, score_clip, gamma, lam, ESTIMATORS[kl_estimator])
     call.run("shaped", *inputs, *call.bounds, *scalars, *(x.data_ptr() for x in out))
     return out
 
 
-def whiten_(values: Tensor, mask: Tensor, *, shift: float, scale: float, back: float) -> None:
-    """x ← (x − shift)·scale + back in place where ``mask``, 0 elsewhere, on contiguous ``values``."""
+def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shift_mean: bool) -> Tensor:
+    """Whitens contiguous ``values`` in place by moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
     call = _Call(values.view(1, -1), None, values)
     flags, _ = call.flags(mask.reshape(1, -1))
-    call.run("whiten", values.data_ptr(), flags, shift, scale, back, count=values.numel())
+    stats = call.empty(2)
+    moments = (partials.data_ptr(), len(partials), int(whiten), int(shift_mean), stats.data_ptr())
+    call.run("whiten", values.data_ptr(), flags, *moments, count=values.numel())
+    return stats
 
 
 @functools.cache

@@ -105,7 +105,8 @@ def gae(
             raise ValueError(f"vtrace has rho_bar {rho_bar} and c_bar {c_bar}: both must be above 0")
     chosen = choose("gae", rewards.device, result_dtype(rewards, values), impl)
     tensors = _detached(rewards, values, mask, dones, bootstrap, cu_seqlens, log_rho)
-    return gae_op(*tensors, float(gamma), float(lam), mask_mode, float(rho_bar), float(c_bar), chosen)
+    run = _gae if _directly(chosen) else gae_op
+    return run(*tensors, float(gamma), float(lam), mask_mode, float(rho_bar), float(c_bar), chosen)
 
 
 def shaped_advantages(
@@ -165,18 +166,19 @@ def shaped_advantages(
     chosen = choose("shaped_advantages", logp.device, result_dtype(logp, ref_logp, values), impl)
     tensors = _detached(logp, ref_logp, values, scores, mask, bootstrap, cu_seqlens)
     clip = float("inf") if score_clip is None else float(score_clip)
-    advantages, returns, rewards, kl_sum, moments = shaped_op(
+    run, finish = (_shaped, _whiten_) if _directly(chosen) else (shaped_op, whiten_op)
+    advantages, returns, rewards, kl_sum, moments = run(
         *tensors, float(kl_coef), kl_estimator, clip, float(gamma), float(lam), chosen
     )
     if process_group is not None:
         moments = _reduced(moments, process_group)
-    mean, var = whiten_op(advantages, mask, moments, whiten, shift_mean, chosen).unbind()
+    mean, var = finish(advantages, mask, moments, whiten, shift_mean, chosen).unbind()
     return Shaped(advantages, returns, rewards, kl_sum, mean, var)
 
 
 def _reduced(moments: Tensor, group: "ProcessGroup") -> Tensor:
     """Moments ``[1, 3]`` of all ranks from those of this rank's sequences ``[S, 3]``: one collective, whatever S."""
-    from align_kernels.scan_native import merge
+    from align_kernels.scan_tensors import merge
 
     count, mean, squares = merge(moments.double())
     total = torch.stack([count, count * mean, squares + count * mean * mean])
@@ -187,8 +189,7 @@ def _reduced(moments: Tensor, group: "ProcessGroup") -> Tensor:
 
 
 # ------------------------------------------------------------------ operators
-@torch.library.custom_op("align_kernels::gae", mutates_args=())
-def gae_op(
+def _gae(
     rewards: Tensor,
     values: Tensor,
     mask: Tensor | None,
@@ -210,14 +211,16 @@ def gae_op(
     return _implementation("gae", impl)(*tensors, **options)
 
 
+gae_op = torch.library.custom_op("align_kernels::gae", _gae, mutates_args=())
+
+
 @gae_op.register_fake
 def _(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = result_dtype(rewards, values)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
-@torch.library.custom_op("align_kernels::shaped", mutates_args=())
-def shaped_op(
+def _shaped(
     logp: Tensor,
     ref_logp: Tensor,
     values: Tensor,
@@ -239,6 +242,9 @@ def shaped_op(
     return _implementation("shaped", impl)(*tensors, **options)
 
 
+shaped_op = torch.library.custom_op("align_kernels::shaped", _shaped, mutates_args=())
+
+
 @shaped_op.register_fake
 def _(
     logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, *_: Any
@@ -254,15 +260,22 @@ def _(
     )
 
 
-@torch.library.custom_op("align_kernels::whiten_", mutates_args={"values"})
-def whiten_op(values: Tensor, mask: Tensor, moments: Tensor, whiten: bool, shift_mean: bool, impl: str) -> Tensor:
+def _whiten_(values: Tensor, mask: Tensor, moments: Tensor, whiten: bool, shift_mean: bool, impl: str) -> Tensor:
     """Whitens contiguous ``values`` in place where ``mask``, if asked to; mean and biased variance ``[2]``."""
     return _implementation("whiten_", impl)(values, mask, moments, whiten=whiten, shift_mean=shift_mean)
+
+
+whiten_op = torch.library.custom_op("align_kernels::whiten_", _whiten_, mutates_args={"values"})
 
 
 @whiten_op.register_fake
 def _(values: Tensor, mask: Tensor, moments: Tensor, whiten: bool, shift_mean: bool, impl: str) -> Tensor:
     return moments.new_empty(2)
+
+
+def _directly(impl: str) -> bool:
+    """Native functions go without the operator around them outside of a compiler: it takes longer than they do."""
+    return impl == "native" and not torch.compiler.is_compiling()
 
 
 def _implementation(op: str, impl: str) -> Callable[..., Any]:
@@ -276,7 +289,7 @@ def _implementation(op: str, impl: str) -> Callable[..., Any]:
     return getattr(scan_native if impl == "native" else scan_reference, op)
 
 
-def _detached(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _detached(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if x is None else x.detach() for x in tensors)
 
 

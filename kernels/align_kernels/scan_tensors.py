@@ -17,6 +17,7 @@ from align_kernels.scan_checks import result_dtype
 
 BLOCK = 32
 BUNDLE = 2**17  # tokens worked on at once: a handful of float32 tensors of this size stays in the last level of cache
+WHITEN_EPSILON = 1e-8
 SERIES_BELOW = 1e-3  # |d| under which e^−d − 1 + d is summed as a series
 
 
@@ -93,6 +94,31 @@ def shaped(
     for part in _parts(logp, cu_seqlens):
         partials[part.sequences] = _moments(part, part.cut(advantages), part.cut(mask).bool())
     return advantages, returns, rewards, kl_sum, partials
+
+
+def whiten_(values: Tensor, mask: Tensor, partials: Tensor, *, whiten: bool, shift_mean: bool) -> Tensor:
+    """Whitens contiguous ``values`` in place by moments ``[S, 3]``, if asked to; returns (mean, biased variance)."""
+    count, mean, squares = merge(partials)
+    var = squares / count.clamp(min=1)
+    if whiten:
+        few = count < 2  # such values stay as they are
+        shift, scale = torch.where(few, 0.0, mean), torch.where(few, 1.0, torch.rsqrt(var + WHITEN_EPSILON))
+        values.sub_(shift).mul_(scale)
+        if not shift_mean:
+            values.add_(shift)
+        values.masked_fill_(mask.logical_not(), 0)
+    return torch.stack([mean, var])
+
+
+def merge(moments: Tensor) -> Tensor:
+    """Count, mean and summed squared differences from it over everything, ``[3]``, from those of parts ``[S, 3]``.
+
+    Chan, Golub & LeVeque 1979: nothing subtracts two large sums.
+    """
+    count, mean, squares = moments.unbind(1)
+    total = count.sum()
+    overall = (count * mean).sum() / total.clamp(min=1)
+    return torch.stack([total, overall, (squares + count * (mean - overall) ** 2).sum()])
 
 
 # ------------------------------------------------------------------ pieces

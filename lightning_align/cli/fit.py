@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -36,7 +37,7 @@ COMMAND_FLAGS = ("resume", "overwrite", "dry_run", "ckpt_path")  # they say what
 NAME_VARIABLE = "LIGHTNING_ALIGN_RUN_NAME"  # the processes of one run agree on a name made up by the first
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "accelerator": "auto",
+    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",  # statistics are float64, which MPS lacks
     "devices": 1,
     "use_distributed_sampler": False,
     "num_sanity_val_steps": 0,

@@ -193,6 +193,11 @@ class BaseDataModule(L.LightningDataModule):
         return int(self.datasets["train"].longest)
 
     @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out."""
+        return "val" in self.datasets
+
+    @property
     def sequences_per_batch(self) -> float:
         """Sequences of a micro-batch, on average."""
         return self.batch_size * self.datasets["train"].sequences_per_element

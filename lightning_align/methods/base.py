@@ -250,15 +250,21 @@ class AlignModule(L.LightningModule):
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def total(self, sums: Metrics) -> dict[str, tuple[float, float]]:
+        """The sums over all ranks as plain numbers; a rank may lack some, or all."""
+        names = sorted(sums)
+        columns = [torch.stack([value.detach().double() for value in sums[name]]) for name in names]
+        own = dict(zip(names, torch.stack(columns).tolist(), strict=True)) if names else {}
+        total: dict[str, tuple[float, float]] = {}
+        for part in self.gather([own]):
+            for name, (numerator, denominator) in part.items():
+                before = total.get(name, (0.0, 0.0))
+                total[name] = (before[0] + numerator, before[1] + denominator)
+        return total
+
     def ratios(self, sums: Metrics) -> dict[str, float]:
         """Global ratios; a metric with denominator 0 is left out, never logged as 0."""
-        if not sums:
-            return {}
-        names = sorted(sums)
-        table = torch.stack([torch.stack([x.detach().double().cpu() for x in sums[name]]) for name in names])
-        if self.trainer.world_size > 1:
-            table = self.all_reduce(table.to(self.device)).cpu()
-        return {name: float(num / den) for name, (num, den) in zip(names, table, strict=True) if den != 0}
+        return ratios(self.total(sums))
 
     def say(self, text: str) -> None:
         """Tell the user something, once."""
@@ -297,6 +303,11 @@ def add_sums(total: Metrics, sums: Metrics) -> None:
         old = total.get(name)
         numerator, denominator = numerator.detach(), denominator.detach()
         total[name] = (numerator, denominator) if old is None else (old[0] + numerator, old[1] + denominator)
+
+
+def ratios(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Numerator by denominator, without those whose denominator is 0."""
+    return {name: numerator / denominator for name, (numerator, denominator) in total.items() if denominator != 0}
 
 
 def decay_groups(module: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

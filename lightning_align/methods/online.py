@@ -1,5 +1,6 @@
 """The spine of online methods: one training step is one iteration of sample, score, learn."""
 
+import math
 import os
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lightning_align.errors import UserError
 from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics
-from lightning_align.methods.base import AlignModule, add_sums
+from lightning_align.methods.base import AlignModule, add_sums, ratios
 from lightning_align.methods.measures import column_sums, length_columns, sample_rows, score_columns
 from lightning_align.models.loading import count_parameters, load_causal_lm
 from lightning_align.models.logprobs import TokenStats, token_stats
@@ -32,6 +33,7 @@ from lightning_align.run.logging import log_samples
 RewardSpec = str | dict[str, Any]
 # Sampling seeds: runs are 2^40 apart, iterations a prime, and evaluations are drawn beyond any iteration's.
 RUN_STRIDE, ITERATION_STRIDE, EVALUATION = 1 << 40, 1_000_003, 1 << 39
+SQUARED = "_squared"  # ends the name of a mean of squares, from which a standard error comes
 SAMPLE_ROWS = 16  # rows of the sample table at each evaluation
 GUARD_WINDOW = 3  # iterations whose mean KL the hard limit looks at
 Objective = Callable[[], tuple[Tensor, Metrics]]
@@ -201,6 +203,11 @@ class OnlineModule(AlignModule):
     def on_train_start(self) -> None:
         """Evaluate the policy before it is changed: the curve over KL begins at KL 0."""
         self.eval()
+        if self.eval_every and not self.trainer.datamodule.has_validation:  # type: ignore[attr-defined]
+            self.say(
+                "no prompts are held out, so nothing is evaluated (data.val_path or data.val_fraction holds some out)"
+            )
+            self.eval_every = 0
         if self.iteration == 0 and self.eval_every:
             self.evaluate_policy()
 
@@ -394,7 +401,9 @@ class OnlineModule(AlignModule):
         kl = sequence_kl(stats.kl, rollout.completion_mask)
         proxy = self.scores(self.frozen.reward, rollout)
         gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
-        sums = column_sums({"lab/kl": kl, **score_columns(proxy, gold), **length_columns(rollout)})
+        columns = {"lab/kl": kl, **score_columns(proxy, gold)}
+        squares = {f"{name}{SQUARED}": values.double() ** 2 for name, values in columns.items()}
+        sums = column_sums({**columns, **squares, **length_columns(rollout)})
         sums["entropy"] = (stats.entropy.sum(), rollout.completion_mask.sum())
         self.add_eval_sums(sums)
         self._eval_samples += sample_rows(rollout, proxy, gold, kl)
@@ -410,7 +419,7 @@ class OnlineModule(AlignModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out evaluation and its first samples; the step is the iteration."""
-        metrics = self.ratios(self._eval_sums)
+        metrics = with_standard_errors(self.total(self._eval_sums))
         samples = self._eval_samples[:SAMPLE_ROWS]
         self._eval_sums, self._eval_samples, self._eval_seen = {}, [], Counter()
         self.label = f"step={self.iteration:05d}-kl={metrics['lab/kl']:.3f}"
@@ -469,3 +478,15 @@ class OnlineModule(AlignModule):
         method = checkpoint["method"]
         self.iteration, self.episodes = method["iteration"], method["episodes"]
         self.recent_kl = list(method["recent_kl"])
+
+
+def with_standard_errors(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Ratios of sums, with ``…_se`` of the mean over prompts in the place of each mean of squares."""
+    metrics = ratios(total)
+    for squared in [name for name in metrics if name.endswith(SQUARED)]:
+        name = squared.removesuffix(SQUARED)
+        count = total[name][1]
+        variance = max(0.0, metrics.pop(squared) - metrics[name] ** 2)
+        if count > 1:
+            metrics[f"{name}_se"] = math.sqrt(variance / (count - 1))
+    return metrics

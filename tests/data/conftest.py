@@ -24,19 +24,21 @@ TEXTS = [
     "Naïve café — 東京 🎉 ends\nhere\t.",
 ]
 USER = "{%- if m['role'] == 'user' -%}"
+TURNS = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+)
 TEMPLATES = {
-    "chatml": "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
+    "chatml": TURNS + "{%- endif -%}",
     "llama2": "{%- for m in messages -%}"
     + USER
     + "{{ bos_token + '[INST] ' + m['content'] + ' [/INST]' }}{%- else -%}{{ ' ' + m['content'] + ' ' + eos_token }}"
     "{%- endif -%}{%- endfor -%}",
     "mistral": "{{- bos_token -}}{%- for m in messages -%}"
-    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}"
-    + USER
-    + "{{ '[INST] ' + m['content'] + ' [/INST]' }}{%- else -%}{{ m['content'] + eos_token }}{%- endif -%}{%- endfor -%}",
-    "phi": "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- else -%}{{ eos_token }}{%- endif -%}",
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}"
+    "{%- endif -%}" + USER + "{{ '[INST] ' + m['content'] + ' [/INST]' }}{%- else -%}{{ m['content'] + eos_token }}"
+    "{%- endif -%}{%- endfor -%}",
+    "phi": TURNS + "{%- else -%}{{ eos_token }}{%- endif -%}",
     "bare": "{%- for m in messages -%}{{ m['role'] + ': ' + m['content'] + '\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}",
     # what an earlier answer was thinking is forgotten, so no rendering is a prefix of a longer one

@@ -1,4 +1,4 @@
-"""From a path to batches, on the playground, on small files and on real data; with Lightning's Trainer where it matters."""
+"""From a path to batches: the playground, small files, real data; with Lightning's Trainer where that matters."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -195,9 +195,9 @@ def test_nothing_left_is_an_error(module: Any, make_tokenizer: Make, tmp_path: P
     path = write(tmp_path / "a.jsonl", LONG)
     with pytest.raises(UserError, match=r"nothing is left to learn from in the train data; 3 records: no token left"):
         prepared(SFTDataModule(path=path, max_length=1, val_fraction=0), module(make_tokenizer("words")))
+    short = SFTDataModule(path=path, max_length=2, on_overflow="drop", val_fraction=0)
     with pytest.raises(UserError, match=r"3 records: longer than 2 tokens \(first: a.jsonl line 1\)"):
-        datamodule = SFTDataModule(path=path, max_length=2, on_overflow="drop", val_fraction=0)
-        prepared(datamodule, module(make_tokenizer("words")))
+        prepared(short, module(make_tokenizer("words")))
 
 
 def test_the_model_limits_the_length_too(module: Any) -> None:
@@ -391,9 +391,7 @@ def fit(
 
 @pytest.mark.parametrize("kind", [TextDataModule, SFTDataModule, PreferenceDataModule, PromptDataModule])
 @pytest.mark.filterwarnings("ignore")
-def test_pre_5_a_resumed_run_goes_on_with_the_next_batch(
-    module: Any, tmp_path: Path, kind: type[BaseDataModule]
-) -> None:
+def test_pre_5_a_resumed_run_has_the_same_batches(module: Any, tmp_path: Path, kind: type[BaseDataModule]) -> None:
     own = module()
     whole, checkpoints = fit(kind, own, tmp_path / "whole", steps=12)
     for stop in (3, 5, 7):

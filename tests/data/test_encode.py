@@ -124,7 +124,7 @@ def test_nothing_to_learn_is_an_error(make_tokenizer: Make, messages: list[Any],
 
 def test_markers_that_enclose_nothing(make_tokenizer: Make) -> None:
     template = "{%- for m in messages -%}{{ m['content'] }}{%- endfor -%}{%- generation -%}{%- endgeneration -%}"
-    with pytest.raises(UserError, match="^a: the chat template's markers enclose none"):
+    with pytest.raises(UserError, match=r"^a: the chat template's markers enclose none"):
         encode_conversations(make_tokenizer("bytes", template), [CHAT], places=["a"])
 
 
@@ -245,5 +245,5 @@ def test_many_at_once_are_as_one_by_one(make_tokenizer: Make) -> None:
 
 
 def test_text_and_messages_do_not_mix(make_tokenizer: Make) -> None:
-    with pytest.raises(UserError, match="^b: the prompt is text but the completion is a list of messages"):
+    with pytest.raises(UserError, match=r"^b: the prompt is text but the completion is a list of messages"):
         encode_pairs(make_tokenizer("bytes", "chatml"), ["x", "y"], ["z", CHAT[1:2]], places=["a", "b"])

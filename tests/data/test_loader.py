@@ -74,7 +74,7 @@ def test_conv_5_an_optimiser_step_depends_on_the_product_only(size: int, group_b
 
 
 def test_conv_5_averages_of_micro_batches_would_differ() -> None:
-    """The counter-example: the mean of micro-batch means is not the weighted mean, so the weight must be the window's."""
+    """The counter-example: the mean of the micro-batches' means is not the weighted mean."""
     data = Numbers(8)
     loss = np.arange(8.0)
     batches = list(TrainLoader(data, batch_size=4, accumulate=2))

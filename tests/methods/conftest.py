@@ -146,8 +146,7 @@ class World:
 
     def ready(self, options: Mapping[str, Any]) -> Any:
         """A module with data and weights, as at the start of a run that then trains nothing."""
-        idle = {"trainer.limit_train_batches": 0, "trainer.limit_val_batches": 0, "trainer.max_steps": -1}
-        return self.fit({**options, **{k: v for k, v in idle.items() if k != "trainer.max_steps"}}).module
+        return self.fit({**options, "trainer.limit_train_batches": 0}).module
 
     def fork(
         self, options: Mapping[str, Any], *flags: str, name: str | None = None, code: int | None = 0, **request: Any

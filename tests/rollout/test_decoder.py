@@ -75,9 +75,7 @@ def relative_difference(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFa
     return float((ours - theirs).abs().max() / (1 + theirs.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_logits_equal_the_models_for_every_architecture(
     any_model: PreTrainedModel,

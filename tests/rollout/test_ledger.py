@@ -167,9 +167,7 @@ def test_stop_strings_are_found_in_long_completions_as_a_search_of_the_whole_tex
 def test_the_rows_of_a_rollout(play: Any, tokens: Any, bytes_tokenizer: PreTrainedTokenizerFast) -> None:
     prompts = [[1, 2, 3], [4]]
     scripts = [tokens("ab", EOS), tokens("cdef"), tokens(EOS), tokens("c", EOS)]
-    rollout = play(
-        scripts, sampling(max_new_tokens=4, num_samples=2), prompts, records=[{"number": 0}, {"number": 1}]
-    )
+    rollout = play(scripts, sampling(max_new_tokens=4, num_samples=2), prompts, records=[{"number": 0}, {"number": 1}])
     pad = bytes_tokenizer.eos_token_id  # the tokenizer has no token for padding
     rows = [prompts[row // 2] + script for row, script in enumerate(scripts)]
     assert rollout.input_ids.tolist() == [row + [pad] * (7 - len(row)) for row in rows]
