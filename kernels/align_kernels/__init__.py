@@ -4,9 +4,23 @@ Every operation has three implementations: ``triton``, ``native`` (fast on a CPU
 (plain float64-capable torch). :func:`available_impls` says which would run. Importing this package imports no Triton.
 """
 
+# Modules never have the name of a public function: importing such a module would put it in the function's place.
 from align_kernels._dispatch import available_impls, why_not
+from align_kernels._types import Reference, TokenStats
+from align_kernels.api import linear_token_logprobs, token_stats
+from align_kernels.scan_ops import Shaped, VTrace, gae, shaped_advantages
+from align_kernels.shards import merge_vocab_stats
 
 __all__ = [
+    "Reference",
+    "Shaped",
+    "TokenStats",
+    "VTrace",
     "available_impls",
+    "gae",
+    "linear_token_logprobs",
+    "merge_vocab_stats",
+    "shaped_advantages",
+    "token_stats",
     "why_not",
 ]

@@ -71,7 +71,9 @@ def logits(x: Tensor, labels: Tensor, name: str = "logits") -> None:
     """``x`` ``[…, V]`` belongs to labels ``[…]``."""
     dtype(name, x, FLOATS)
     if x.dim() != labels.dim() + 1 or x.shape[:-1] != labels.shape:
-        raise ValueError(f"{name} is {list(x.shape)}, but labels is {list(labels.shape)}: it must be [*labels.shape, V]")
+        raise ValueError(
+            f"{name} is {list(x.shape)}, but labels is {list(labels.shape)}: it must be [*labels.shape, V]"
+        )
 
 
 def layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
@@ -90,7 +92,9 @@ def layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -
                 f"weight is {list(weight.shape)}, a parameter without elements: call this inside the head's forward, "
                 "where it has been gathered, or pass weight.full_tensor()"
             )
-        raise ValueError(f"weight is {list(weight.shape)}: it must be [V, {hidden.shape[-1]}] for hidden {list(hidden.shape)}")
+        raise ValueError(
+            f"weight is {list(weight.shape)}: it must be [V, {hidden.shape[-1]}] for hidden {list(hidden.shape)}"
+        )
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"hidden is {list(hidden.shape)}, but labels is {list(labels.shape)}: it must be [*labels.shape, H]"
@@ -127,6 +131,6 @@ def unit_stride(x: Tensor) -> Tensor:
 @functools.cache
 def _warn_about_copy(_: int) -> None:
     warnings.warn(
-        "align_kernels copied a tensor whose last dimension is not contiguous; transpose it back, or call contiguous() once",
+        "align_kernels copied a tensor whose last dimension is not contiguous; store it so to save the copies",
         stacklevel=4,
     )

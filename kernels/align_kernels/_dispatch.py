@@ -115,7 +115,7 @@ def _triton_problem(device_type: str, index: int | None) -> str | None:
     if device_type != "cuda" and not (device_type == "cpu" and interpreting()):
         return f"there are no Triton kernels for {device_type} tensors"
     try:
-        from align_kernels import _probe  # noqa: PLC0415
+        from align_kernels import _probe
 
         _probe.run(torch.device(device_type, index))
     except Exception as error:  # whatever a driver, compiler or missing package may raise is a reason

@@ -1,30 +1,26 @@
 """The public vocabulary operations: arguments checked, an implementation chosen, shapes restored."""
 
-import functools
-import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels import _checks, gemm, ops, reference
+from align_kernels import _checks, ops, reference
 from align_kernels._dispatch import choose
 from align_kernels._labels import locate
+from align_kernels._plan import autocast, chunk_rows, counted_rows, keeps
 from align_kernels._types import Reference, TokenStats
-from align_kernels.native import statistics_dtype
+from align_kernels.native import LEAST_LOG_P, Wanted
 from align_kernels.shards import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-MIB = 2**20
 # Below this many logits a call costs less than an autograd function in Python: plain library calls are faster.
 FEW_LOGITS = 2**18
-# Logits at a time: about a last-level cache, or enough to fill a GPU; on a CPU at least as many rows as fill a product.
-CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 256 * MIB}
-LEAST_CHUNK_ROWS = 128
-MOST_KEPT_ON_CPU = 1024 * MIB
+
+Stats: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
 
 
 def token_stats(
@@ -48,7 +44,7 @@ def token_stats(
 
     Args:
         logits: ``[…, V]`` float32, bfloat16, float16, or float64 (native and reference only).
-        labels: ``[…]`` int64 or int32. Outside ``[0, V)`` the log-prob is 0 with zero gradient: on a CPU −100 alone may be.
+        labels: ``[…]`` int64 or int32. One outside ``[0, V)`` has log-prob 0 and no gradient; on a CPU −100 alone may.
         ref_logits: ``[…, V]``, a constant; asks for the KL.
         entropy: Whether to compute entropies.
         argmax: Whether to find the most likely tokens.
@@ -91,15 +87,15 @@ def token_stats(
             softcap=softcap,
         )
     x = logits.reshape(-1, vocabulary)
-    plain = chosen == "native" and softcap is None and not (entropy or argmax or inplace_grad)
-    if plain and mask is None and ref_logits is None and _is_small(x.numel(), x):
-        logp, lse = _plain_stats(x, flat_labels, temperature)
-        return TokenStats(logp.view(labels.shape), None, None, lse.view(labels.shape), None)
-    ref_x = None if ref_logits is None else _checks.unit_stride(ref_logits.detach().reshape(-1, vocabulary))
-    x = _checks.unit_stride(x)
+    ref_x = None if ref_logits is None else ref_logits.detach().reshape(-1, vocabulary)
+    if chosen == "native" and mask is None and not inplace_grad and _is_small(x.numel(), x):
+        wanted = Wanted(temperature, softcap, entropy, argmax, ref_x is not None, temperature, softcap)
+        return _shaped(_plain_stats(x, flat_labels, ref_x, wanted), None, labels.shape)
+    ref_x = None if ref_x is None else _checks.unit_stride(ref_x)
     settings = (temperature, softcap, entropy, argmax, inplace_grad, check_labels, chosen)
-    stats = ops.token_stats(x, flat_labels, ref_x, flat_mask, *settings)[:5]
-    return _shaped(stats, labels.shape, entropy, ref_logits is not None, argmax)
+    logp, h, kl, lse, top, *_ = ops.token_stats(_checks.unit_stride(x), flat_labels, ref_x, flat_mask, *settings)
+    found = (logp, h if entropy else None, None if ref_x is None else kl, lse, top if argmax else None)
+    return _shaped(found, None, labels.shape)
 
 
 def linear_token_logprobs(
@@ -125,13 +121,13 @@ def linear_token_logprobs(
 ) -> TokenStats:
     """K2: log-prob of each label from hidden states, without the logits of all tokens at once.
 
-    x = hidden·weightᵀ + bias in chunks of rows, then as :func:`token_stats`. A logit scale s is ``temperature=1/s``, and
-    with a soft-cap c outside of it (c·tanh(s·x/c)) ``softcap=c/s, temperature=1/s``. Differentiable in ``hidden``,
-    ``weight`` and ``bias``; what needs no gradient costs no product.
+    x = hidden·weightᵀ + bias in chunks of rows, then as :func:`token_stats`. A logit scale s is ``temperature=1/s``,
+    and with a soft-cap c outside of it, c·tanh(s·x/c), also ``softcap=c/s``. Differentiable in ``hidden``, ``weight``
+    and ``bias``; what needs no gradient costs no product.
 
     Args:
-        hidden: ``[…, H]`` float32, bfloat16, float16, or float64 (native and reference only). Under autocast ``hidden``,
-            ``weight`` and ``bias`` are cast to its dtype.
+        hidden: ``[…, H]`` float32, bfloat16, float16, or float64 (native and reference only). Under autocast it,
+            ``weight`` and ``bias`` are cast to autocast's dtype.
         weight: ``[V, H]`` in the dtype of ``hidden``; a plain tensor, so inside the forward of a sharded head.
         labels: ``[…]`` int64 or int32; see :func:`token_stats`.
         bias: ``[V]`` or None.
@@ -163,28 +159,130 @@ def linear_token_logprobs(
     _checks.device(hidden=hidden, weight=weight, labels=labels, bias=bias)
     shard = _shard(process_group, vocab_start, ref is not None or argmax)
     chosen = choose("linear_token_logprobs", hidden.device, hidden.dtype, impl)
+    if chosen == "reference" and shard is not None:
+        raise ValueError("process_group: the reference implementation knows no shards")
     flat = hidden.reshape(-1, hidden.shape[-1])
     ref = _flat_reference(ref, flat, weight)
     rows = counted_rows(mask, rows, labels)
     few_labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
     count, vocabulary = len(few_labels), len(weight)
-    plain = chosen == "native" and softcap is None and shard is None and not (entropy or argmax)
-    if plain and ref is None and _is_small(count * vocabulary, flat):
+    q = Reference(None, None) if ref is None else ref  # type: ignore[arg-type]
+    if chosen == "native" and shard is None and _is_small(count * vocabulary, flat):
         states = flat if rows is None else flat.index_select(0, rows)
-        logp, lse = _plain_stats(F.linear(states, weight, bias), few_labels, temperature)
-        stats: tuple[Tensor | None, ...] = (logp, None, None, lse, None)
+        ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
+        wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
+        found = _plain_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
     elif chosen == "reference":
-        stats = _reference_stats(
-            flat, weight, bias, ref, few_labels, rows, entropy, argmax, temperature, softcap, shard, check_labels
-        )
+        options = {"entropy": entropy, "argmax": argmax, "temperature": temperature, "softcap": softcap}
+        found = _reference_stats(flat, weight, bias, ref, few_labels, rows, check_labels, **options)
     else:
-        needed = any(x is not None and x.requires_grad for x in (hidden, weight, bias)) and torch.is_grad_enabled()
-        keep = needed and keeps(save, count, vocabulary, flat)
-        q = (None, None, None, 1.0, None) if ref is None else ref
-        settings = (temperature, softcap, entropy, argmax, q[3], q[4], keep, chunk_rows(chunk_bytes, vocabulary, flat))
-        stats = ops.linear_stats(
-            flat, weight, bias, few_labels, rows, *q[:3], *settings, accum_dtype, check_labels, chosen, shard=shard
-        )[:5]
+        needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        settings = (temperature, softcap, entropy, argmax, q.temperature, q.softcap)
+        keep, chunk = needed and keeps(save, count, vocabulary, flat), chunk_rows(chunk_bytes, vocabulary, flat)
+        inputs = (flat, weight, bias, few_labels, rows, q.hidden, q.weight, q.bias)
+        logp, h, kl, lse, top, *_ = ops.linear_stats(
+            *inputs, *settings, keep, chunk, accum_dtype, check_labels, chosen, shard=shard
+        )
+        found = (logp, h if entropy else None, None if ref is None else kl, lse, top if argmax else None)
+    return _shaped(found, rows, labels.shape)
+
+
+# ---------------------------------------------------------------------- parts
+def _is_small(elements: int, x: Tensor) -> bool:
+    # a graph would have to guard against the size; and a compiled one has no overhead to save
+    narrow = x.dtype not in (torch.float32, torch.float64)
+    return 0 < elements <= FEW_LOGITS and x.is_cpu and not narrow and not torch.compiler.is_compiling()
+
+
+def _plain_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted) -> Stats:
+    """Statistics of a few logits ``[n, V]`` by the library, with gradients of its own."""
+    z = _plain_transform(x, wanted.temperature, wanted.softcap)
+    log_p = z.log_softmax(1)
+    try:
+        logp = -F.nll_loss(log_p, labels.long(), reduction="none")
+    except IndexError:
+        _check_labels(labels, x.shape[1], True)
+        raise
+    entropy = kl = None
+    if wanted.entropy or ref_x is not None:
+        p = log_p.exp()
+        if wanted.entropy:
+            entropy = -(p * log_p.clamp(min=LEAST_LOG_P)).sum(1)
+        if ref_x is not None:
+            log_q = _plain_transform(ref_x, wanted.ref_temperature, wanted.ref_softcap).log_softmax(1)
+            kl = (p * (log_p - log_q.to(log_p.dtype)).masked_fill(p == 0, 0.0)).sum(1)
+    return logp, entropy, kl, z.amax(1) - log_p.amax(1), z.argmax(1) if wanted.argmax else None
+
+
+def _plain_transform(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    if softcap is not None:
+        return torch.tanh(x / softcap) * (softcap / temperature)
+    return x if temperature == 1.0 else x / temperature
+
+
+def _check_labels(labels: Tensor, vocabulary: int, check: bool) -> None:
+    if check or labels.device.type == "cpu":
+        locate(labels, vocabulary, check=True)
+
+
+def _reference_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref: Reference | None,
+    labels: Tensor,
+    rows: Tensor | None,
+    check: bool,
+    **wanted: Any,
+) -> TokenStats:
+    """K2 by the reference, of the rows that count."""
+    _check_labels(labels, len(weight), check)
+    chosen = slice(None) if rows is None else rows
+    ref_logits = None if ref is None else reference.logits(ref.hidden[chosen], ref.weight, ref.bias)
+    if ref is not None:
+        wanted |= {"ref_temperature": ref.temperature, "ref_softcap": ref.softcap}
+    return reference.token_stats(
+        reference.logits(hidden[chosen], weight, bias), labels, ref_logits=ref_logits, **wanted
+    )
+
+
+def _shard(group: "ProcessGroup | None", start: int, more: bool) -> Shard | None:
+    if group is None:
+        if start:
+            raise ValueError(f"vocab_start is {start}, but there is no process_group that shares the vocabulary")
+        return None
+    if more:
+        raise ValueError("process_group: KL and argmax are not computed over a vocabulary that is shared")
+    return Shard(start, group)
+
+
+def _flat_reference(ref: Reference | None, hidden: Tensor, weight: Tensor) -> Reference | None:
+    """The reference as constants, its hidden states ``[N, H′]``."""
+    if ref is None:
+        return None
+    _checks.positive(**{"ref.temperature": ref.temperature, "ref.softcap": ref.softcap})
+    states, ref_weight, bias = autocast(ref.hidden, ref.weight, ref.bias)
+    assert states is not None
+    assert ref_weight is not None
+    states = states.detach().reshape(-1, states.shape[-1])
+    if len(states) != len(hidden) or len(ref_weight) != len(weight):
+        raise ValueError(
+            f"ref: hidden has {len(states)} rows and weight {len(ref_weight)} tokens, "
+            f"but the policy has {len(hidden)} rows and {len(weight)} tokens"
+        )
+    _checks.layer(states, ref_weight, bias, states[:, 0])
+    _checks.device(hidden=hidden, ref_hidden=states, ref_weight=ref_weight, ref_bias=bias)
+    return Reference(states, ref_weight.detach(), None if bias is None else bias.detach(), ref.temperature, ref.softcap)
+
+
+def _spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    return values.new_zeros(count).index_copy(0, rows, values)
+
+
+def _shaped(stats: Stats, rows: Tensor | None, shape: torch.Size) -> TokenStats:
+    """Statistics of the counted rows in the shape of the labels, 0 elsewhere."""
     if rows is not None:
-        stats = tuple(None if x is None or not len(x) else _spread(x, rows, labels.numel()) for x in stats)
-    return _shaped(stats, labels.shape, entropy, ref is not None, argmax)
+        stats = tuple(None if x is None else _spread(x, rows, shape.numel()) for x in stats)  # type: ignore[assignment]
+    if len(shape) != 1:
+        stats = tuple(None if x is None else x.view(shape) for x in stats)  # type: ignore[assignment]
+    return TokenStats(*stats)

@@ -4,6 +4,7 @@ Each is a pair, forward and backward. In eager mode the native implementations g
 :class:`torch.autograd.Function`, which costs 60 µs less a call than an operator: as much as a small vocabulary itself.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,13 @@ def _stats(entropy: Tensor, kl: Tensor, lse: Tensor, column_logp: Tensor, ref_ls
 def _grads(grads: tuple[Tensor | None, ...], like: Tensor) -> RowGrads:
     logp, entropy, kl, lse = grads
     return RowGrads(torch.zeros_like(like) if logp is None else logp, entropy, kl, lse)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Operands are in the dtype they are to be multiplied in: autocast must not narrow what was widened."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _check_here(labels: Tensor, check: bool) -> bool:
@@ -414,6 +422,11 @@ class _LinearStats(torch.autograd.Function):
 
 def linear_stats(*arguments: Any, shard: Shard | None = None) -> tuple[Tensor, ...]:
     """:func:`_linear_stats`, differentiable in hidden states, weight and bias."""
+    with without_autocast(arguments[0].device.type):
+        return _dispatched_linear_stats(*arguments, shard=shard)
+
+
+def _dispatched_linear_stats(*arguments: Any, shard: Shard | None) -> tuple[Tensor, ...]:
     if shard is not None or (arguments[-1] == "native" and not torch.compiler.is_compiling()):
         return _LinearStats.apply(*arguments, shard)
     return linear_stats_op(*arguments)

@@ -105,7 +105,7 @@ def gae(
             raise ValueError(f"vtrace has rho_bar {rho_bar} and c_bar {c_bar}: both must be above 0")
     chosen = choose("gae", rewards.device, result_dtype(rewards, values), impl)
     tensors = _detached(rewards, values, mask, dones, bootstrap, cu_seqlens, log_rho)
-    run = _gae if _directly(chosen) else gae_op
+    run: Callable[..., Any] = _gae if _directly(chosen) else gae_op
     return run(*tensors, float(gamma), float(lam), mask_mode, float(rho_bar), float(c_bar), chosen)
 
 
@@ -166,7 +166,8 @@ def shaped_advantages(
     chosen = choose("shaped_advantages", logp.device, result_dtype(logp, ref_logp, values), impl)
     tensors = _detached(logp, ref_logp, values, scores, mask, bootstrap, cu_seqlens)
     clip = float("inf") if score_clip is None else float(score_clip)
-    run, finish = (_shaped, _whiten_) if _directly(chosen) else (shaped_op, whiten_op)
+    run: Callable[..., Any] = _shaped if _directly(chosen) else shaped_op
+    finish: Callable[..., Any] = _whiten_ if _directly(chosen) else whiten_op
     advantages, returns, rewards, kl_sum, moments = run(
         *tensors, float(kl_coef), kl_estimator, clip, float(gamma), float(lam), chosen
     )

@@ -150,8 +150,9 @@ def _token_kl(d: Tensor, estimator: str) -> Tensor:
         return d
     if estimator == "k2":
         return 0.5 * d * d
-    series = d * d * (0.5 - d / 6 + d * d / 24)
-    return torch.where(d.abs() < SERIES_BELOW, series, torch.expm1(-d) + d)
+    wide = d.double()
+    series = wide * wide * (0.5 - wide / 6 + wide * wide / 24)
+    return torch.where(wide.abs() < SERIES_BELOW, series, torch.expm1(-wide) + wide).to(d.dtype)
 
 
 def _moments(part: "_Part", values: Tensor, valid: Tensor) -> Tensor:

@@ -179,8 +179,10 @@ def _read_stage(
     places = {before.name: before.folder for before in earlier}
     for option, value in {**own, **changes}.items():
         stage.options[option] = _resolve(value, where, folder, places, stage.parents)
-    if stage.lab is not None and "run" not in stage.options:
-        raise UserError(f"{where}: 'lab: {stage.lab}' needs 'run', for example ${{ppo.run}}")
+    if stage.lab is not None:
+        if "run" not in stage.options:
+            raise UserError(f"{where}: 'lab: {stage.lab}' needs 'run', for example ${{ppo.run}}")
+        stage.folder = Path(stage.options.get("out", stage.options["run"]))
     return stage
 
 
@@ -243,7 +245,8 @@ def decide(pipeline: Pipeline, stage: Stage, *, forced: bool) -> str:
     before = pipeline.states().get(stage.name, {})
     unchanged = before.get("inputs") == fingerprint(pipeline, stage)
     if stage.lab is not None:
-        return "skip" if unchanged and before.get("finished") and not forced else "run"
+        done = before.get("finished") and (stage.folder / f"{stage.lab}.json").exists()
+        return "skip" if unchanged and done and not forced else "run"
     if not stage.folder.exists() or not any(stage.folder.iterdir()):
         return "run"
     finished = is_run(stage.folder) and read_status(stage.folder).get("status") == "finished"

@@ -1,7 +1,7 @@
 """The base of all datamodules: read records, tokenise them, say what was found, hand out batches."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 from lightning_align.data.cache import cache_folder, cached
 from lightning_align.data.collate import Batchable
 from lightning_align.data.loader import EvalLoader, TrainLoader
-from lightning_align.data.records import Kind
+from lightning_align.data.records import Kind, is_conversational
 from lightning_align.data.report import Report
 from lightning_align.data.sources import PLAYGROUND
-from lightning_align.data.splits import Split, SplitName, Splits
+from lightning_align.data.splits import Split, SplitName, Splits, texts
 from lightning_align.data.tables import Arrays, Counts, Limit, OnOverflow
 from lightning_align.data.tabulate import Record
+from lightning_align.data.templates import conventions
 from lightning_align.errors import UserError
 
 STAGES: dict[str | None, tuple[SplitName, ...]] = {
@@ -23,7 +24,6 @@ STAGES: dict[str | None, tuple[SplitName, ...]] = {
     "validate": ("val",),
     "test": ("test",),
 }
-TEXT_FIELDS = ("text", "prompt", "messages", "completion", "chosen", "rejected", "completions")
 
 
 class BaseDataModule(L.LightningDataModule):
@@ -120,6 +120,8 @@ class BaseDataModule(L.LightningDataModule):
         """Read, check and tokenise what the stage needs; Lightning calls this before any weights are loaded."""
         assert self.trainer is not None
         self.prepare(self.trainer.lightning_module, STAGES[stage])
+        if STAGES[stage][0] not in self.datasets:
+            raise UserError(f"{self.path}: no records are held out: set data.val_path, or data.val_fraction above 0")
 
     def prepare(self, module: Any, splits: Sequence[SplitName]) -> None:
         """Set up ``splits`` for a module, which has ``get_tokenizer`` and ``max_tokens``."""
@@ -127,6 +129,7 @@ class BaseDataModule(L.LightningDataModule):
         wanted = {split: self.splits.read(split) for split in splits if split not in self.datasets}
         tokenizer = module.get_tokenizer(lambda: texts(self.splits.read("train").records))
         limit = self._limit(module.max_tokens())
+        self._note_turn_end(wanted.values(), tokenizer)
         for split, source in wanted.items():
             if source.records:
                 table, counts = self._tabulated(source, tokenizer, limit)
@@ -171,6 +174,15 @@ class BaseDataModule(L.LightningDataModule):
             lambda: self.tabulate(tokenizer, records, places, limit),
         )
 
+    def _note_turn_end(self, sources: Iterable[Split], tokenizer: PreTrainedTokenizerBase) -> None:
+        known = conventions(tokenizer)
+        if known.turn_end_id in (None, known.eos_id):
+            return
+        if any(is_conversational(source.records[0]) for source in sources if source.records):
+            self.report.note(
+                "a turn ends with", f"{known.turn_end}, which is not the tokenizer's {tokenizer.eos_token}"
+            )
+
     def _limit(self, max_tokens: int | None) -> Limit:
         tokens = self.max_length if max_tokens is None else min(self.max_length, max_tokens)
         if tokens < 1:
@@ -181,7 +193,7 @@ class BaseDataModule(L.LightningDataModule):
             )
         return Limit(tokens, self.on_overflow)
 
-    # ------------------------------------------------------------------ what the plan says about them
+    # ------------------------------------------------------------------ what others ask about them
     @property
     def mean_tokens(self) -> float:
         """Tokens of an element of the training set, on average."""
@@ -274,23 +286,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What stands where nothing is; EOS will do, because masks say what is padding."""
     pad_id = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad_id is None else pad_id)
-
-
-def texts(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Every text in the records, for training a tokenizer."""
-    for record in records:
-        for name in TEXT_FIELDS:
-            yield from _strings(record.get(name, ()))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield value["content"]
-    else:
-        for item in value:
-            yield from _strings(item)
 
 
 def _limited(batches: int, limit: int | float | None) -> int | None:

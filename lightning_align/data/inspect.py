@@ -40,8 +40,8 @@ class Token(NamedTuple):
     note: str
 
 
-class Sequence_(NamedTuple):
-    """One sequence of a record."""
+class Explained(NamedTuple):
+    """One sequence of a record, under its name."""
 
     title: str
     tokens: list[Token]
@@ -54,7 +54,7 @@ def explain_record(
     *,
     loss_on: LossOn = "completion",
     max_length: int | None = None,
-) -> list[Sequence_]:
+) -> list[Explained]:
     """The sequences that a record becomes: one, or one an answer.
 
     Args:
@@ -83,7 +83,7 @@ def explain_record(
             )
             for index, token in enumerate(encoded.input_ids)
         ]
-        result.append(Sequence_(title, tokens))
+        result.append(Explained(title, tokens))
     return result
 
 
@@ -100,7 +100,7 @@ def render_record(
     return Group(*(_table(sequence, kind) for sequence in explained))
 
 
-def _table(sequence: Sequence_, kind: Kind) -> Table:
+def _table(sequence: Explained, kind: Kind) -> Table:
     learnt = sum(token.loss and token.kept for token in sequence.tokens)
     cut = sum(not token.kept for token in sequence.tokens)
     what = {"prompt": "", "text": f", {learnt} with loss", "sft": f", {learnt} with loss"}

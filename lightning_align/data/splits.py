@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from lightning_align.data.readers import Loaded, available_splits, load_records
@@ -11,6 +11,7 @@ from lightning_align.data.report import Report
 from lightning_align.data.sources import PLAYGROUND
 
 SplitName = Literal["train", "val", "test"]
+TEXT_FIELDS = ("text", "prompt", "messages", "completion", "chosen", "rejected", "completions")
 
 
 class Split(NamedTuple):
@@ -128,3 +129,20 @@ def _number(record: Mapping[str, Any]) -> float:
     content = next(record[name] for name in ("text", "prompt", "messages") if name in record)
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
+
+
+def texts(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Every text in the records, for training a tokenizer."""
+    for record in records:
+        for name in TEXT_FIELDS:
+            yield from _strings(record.get(name, ()))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield value["content"]
+    else:
+        for item in value:
+            yield from _strings(item)

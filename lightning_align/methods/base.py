@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lightning_align.data.templates import conventions
 from lightning_align.errors import UserError
 from lightning_align.losses.masked import Metrics
 from lightning_align.models.export import save_model
@@ -116,6 +117,10 @@ class AlignModule(L.LightningModule):
     def build_model(self) -> nn.Module:
         """The network that is trained and exported; a causal language model unless a method says otherwise."""
         model = load_causal_lm(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype, dropout=self.dropout)
+        if model.generation_config is not None:  # samplers stop at the end of a turn, here and after the export
+            named = model.generation_config.eos_token_id
+            ends = conventions(self.tokenizer).end_ids | ({named} if isinstance(named, int) else set(named or ()))
+            model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
         return self.with_checkpointing(model)
 
     def with_checkpointing(self, network: PreTrainedModel) -> PreTrainedModel:

@@ -36,6 +36,7 @@ class Recorder:
         words = command[3:]
         self.commands.append(words)
         if words[0] != "fit":
+            (Path("runs/demo") / f"{words[1]}.json").write_text("{}")
             return self.outcome.get(words[0], 0)
         folder = Path(words[words.index("--run.root") + 1]) / words[words.index("--run.name") + 1]
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,14 @@ def test_finished_stages_are_skipped_until_an_input_changes(recorder: Recorder) 
     assert recorder.stages() == ALL
     pipeline.main([*ARGS, "--set", "sft.trainer.max_steps=5"])
     assert recorder.stages() == ["sft", "ppo", "picture"]
+
+
+def test_lab_stage_runs_again_when_its_result_is_gone(recorder: Recorder) -> None:
+    pipeline.main(ARGS)
+    recorder.stages()
+    Path("runs/demo/overopt.json").unlink()
+    pipeline.main(ARGS)
+    assert recorder.stages() == ["picture"]
 
 
 def test_changed_stage_overwrites_and_interrupted_stage_resumes(recorder: Recorder) -> None:

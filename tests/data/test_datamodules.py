@@ -139,9 +139,11 @@ def test_val_path_and_no_validation(module: Any, tmp_path: Path) -> None:
     datamodule = prepared(TextDataModule(path=train, val_path=val, packing="none"), module())
     assert len(datamodule.datasets["train"]) == 9
     assert len(datamodule.datasets["val"]) == 3
+    assert datamodule.has_validation
     assert datamodule.report.notes["val"] == f"3 records of {val}"
     datamodule = prepared(TextDataModule(path=train, val_fraction=0.0), module())
     assert datamodule.val_dataloader() == []
+    assert not datamodule.has_validation
     assert datamodule.report.notes["val"] == "no records are held out"
 
 
@@ -290,6 +292,17 @@ def test_loss_on_of_prompt_and_completion(
     assert int((batch["loss_weights"] > 0).sum()) == (4 if turns is not None else learnt)
 
 
+def test_says_how_a_turn_ends_where_that_is_not_eos(module: Any, make_tokenizer: Make, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog"}]
+    for name, records in (("a", [{"messages": chat}]), ("b", [{"prompt": "cat", "completion": " dog"}])):
+        path = write(tmp_path / f"{name}.jsonl", records)
+        for template, end in (("chatml", "<|im_end|>"), ("mistral", None)):
+            datamodule = prepared(SFTDataModule(path=path), module(make_tokenizer("bytes", template)))
+            said = datamodule.report.notes.get("a turn ends with")
+            expected = f"{end}, which is not the tokenizer's </s>" if name == "a" and end else None
+            assert said == expected
+
+
 def test_weights_of_records(module: Any, tmp_path: Path) -> None:
     records = [{"prompt": "a", "completion": " b", "weight": weight} for weight in (0.5, 2.0, 0.0)]
     path = write(tmp_path / "a.jsonl", records)
@@ -363,6 +376,9 @@ class Recorder(L.LightningModule):
         self.seen.append((ids, float(batch.get("window_weight", 0.0))))
         return self.layer(torch.ones(1, 1)).sum()
 
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Nothing."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -406,6 +422,14 @@ def test_checkpoint_of_other_batches_is_refused(module: Any, tmp_path: Path) -> 
     fit(SFTDataModule, own, tmp_path, steps=2)
     with pytest.raises(UserError, match="the checkpoint was made with shuffle 1, this run has 0"):
         fit(SFTDataModule, own, tmp_path, steps=4, resume=tmp_path / "step=2.ckpt", shuffle=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_validation_needs_held_out_records(module: Any, tmp_path: Path) -> None:
+    datamodule = TextDataModule(path=write(tmp_path / "a.jsonl", [{"text": "cat"}, {"text": "dog"}]), val_fraction=0)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    with pytest.raises(UserError, match=r"a\.jsonl: no records are held out: set"):
+        trainer.validate(Recorder(module()), datamodule=datamodule, verbose=False)
 
 
 # ---------------------------------------------------------------------- real data

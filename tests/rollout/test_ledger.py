@@ -1,4 +1,4 @@
-"""Endings, their reasons, and the layout of a rollout: the ledger is told which tokens come, by logits that allow no other."""
+"""Endings, their reasons, and the layout of a rollout, of sequences whose logits allow one token only."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

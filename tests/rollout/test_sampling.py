@@ -1,4 +1,4 @@
-"""Uniform numbers, the likeliest token, inverse-CDF draws, and truncation, against the truth and against transformers."""
+"""Uniform numbers, the likeliest token, inverse-CDF draws and truncation, against the truth and transformers."""
 
 import numpy as np
 import pytest
