@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 # The wheel or version of PyTorch. The pinned one is enough for a CPU; owners of a GPU give theirs: make env TORCH=torch==2.13.0
 TORCH ?= torch==2.13.0
 
-.PHONY: env quickstart test test-slow lint clean
+# TRL stands in an environment of its own, which sees .venv's packages; and its last release with PPO in a folder there.
+PARITY := .venv-parity
+TRL := trl==1.16.0 accelerate==1.15.0
+TRL_PPO := trl==1.12.0
+
+.PHONY: env quickstart test test-slow test-parity lint clean
 
 env: $(VENV)/.ready
 
@@ -32,5 +37,18 @@ test: lint
 test-slow: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+$(PARITY)/.ready: $(VENV)/.ready
+	$(BIN)/python -m venv --clear --without-pip $(PARITY)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(PARITY)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	$(BIN)/python -m pip --python $(PARITY) install --quiet --disable-pip-version-check $(TRL) -c $(VENV)/constraints.txt
+	$(BIN)/python -m pip --python $(PARITY) install --quiet --disable-pip-version-check --no-deps \
+		--target $(PARITY)/ppo $(TRL_PPO)
+	touch $@
+
+test-parity: $(PARITY)/.ready
+	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity --ignore tests/parity/ppo
+	OMP_NUM_THREADS=1 PYTHONPATH=$(PARITY)/ppo $(PARITY)/bin/python -m pytest tests/parity/ppo
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PARITY)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Variant = Callable[..., tuple[Tensor, ...]]
+
 
 # ------------------------------------------------------------------ from logits and from hidden states
 def token_stats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,14 @@ def gae_triangular(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, 
 
 
 def shaped(
-    logp: Tensor, ref_logp: Tensor, values: Tensor, scores: Tensor, mask: Tensor, kl_coef: float, gamma: float, lam: float
+    logp: Tensor,
+    ref_logp: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """KL reward, score, GAE and whitening, one after the other; advantages and returns."""
     kl = (logp - ref_logp).where(mask, 0.0)
@@ -119,7 +128,22 @@ def shaped(
     return torch.where(mask, (advantages - mean) * torch.rsqrt(var + 1e-8), 0.0), returns
 
 
-# ------------------------------------------------------------------ who is here
-def installed(module: str, function: Callable[..., Any]) -> Callable[..., Any] | str:
-    """``function``, or that the package behind it is absent."""
-    return function if importlib.util.find_spec(module) is not None else f"{module} is not installed"
+# ------------------------------------------------------------------ as variants of a case
+def single(call: Callable[..., Tensor]) -> Variant:
+    """A function of one output."""
+
+    def wrapped(**inputs: Tensor) -> tuple[Tensor, ...]:
+        return (call(**inputs),)
+
+    return wrapped
+
+
+def other(module: str, call: Callable[..., Tensor]) -> Variant | str:
+    """A function that needs another package, or that it is absent."""
+    return single(call) if importlib.util.find_spec(module) is not None else f"{module} is not installed"
+
+
+def compiled(call: Variant) -> Variant:
+    """``call`` through torch.compile."""
+    function: Any = torch.compile(call, dynamic=False)
+    return function

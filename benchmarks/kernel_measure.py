@@ -1,9 +1,7 @@
 """Time, peak memory and the floors they are compared with, on a CPU or a GPU."""
 
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -14,26 +12,21 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+SHORT = 2e-3  # seconds: what takes less is run several times between two looks at the clock
 
 
 @dataclass
 class Samples:
-    """Seconds of each run, apart for forward and backward, and the peak of memory above what was there before."""
+    """Seconds of each run of forward, and of both passes, and the peaks of memory above what was there before.
+
+    ``cpu`` are the processor's seconds of both passes, which what else the machine does disturbs less; empty on a GPU.
+    """
 
     forward: list[float] = field(default_factory=list)
-    backward: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     forward_bytes: int = 0
-    backward_bytes: int = 0
-
-    @property
-    def total(self) -> list[float]:
-        """Seconds of forward and backward together, run by run."""
-        return [f + b for f, b in zip(self.forward, self.backward, strict=True)] if self.backward else self.forward
-
-    @property
-    def peak(self) -> int:
-        """Bytes above the inputs."""
-        return max(self.forward_bytes, self.backward_bytes)
+    total_bytes: int = 0
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -83,12 +76,13 @@ class Bench:
         return self._gemms[key]
 
     # ------------------------------------------------------------------ time
-    def time(self, run: Callable[[], object]) -> float:
+    def time(self, run: Callable[[], object], repeats: int = 1) -> float:
         """Seconds of one run: by events on a GPU, whose second-level cache is emptied before, else by the clock."""
         if not self.cuda:
             start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+            for _ in range(repeats):
+                run()
+            return (time.perf_counter() - start) / repeats
         assert self._flush is not None
         self._flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -100,19 +94,19 @@ class Bench:
 
     def interleaved(self, variants: dict[str, "Pass"]) -> dict[str, Samples]:
         """Every variant in turn, round by round, so that a change of clock or of load meets all of them."""
-        samples = {name: Samples() for name in variants}
+        samples, repeats = {}, {}
         for name, work in variants.items():
-            work.forward()
-            work.backward()
-            samples[name].forward_bytes = self.peak(work.forward)
-            samples[name].backward_bytes = self.peak(work.backward) if work.has_backward else 0
-            work.release()
+            work.both()
+            repeats[name] = 1 + min(200, int(SHORT / self.time(work.both)))
+            samples[name] = Samples(forward_bytes=self.peak(work.forward), total_bytes=self.peak(work.both))
         for _ in range(self.runs):
             for name, work in variants.items():
-                samples[name].forward.append(self.time(work.forward))
-                if work.has_backward:
-                    samples[name].backward.append(self.time(work.backward))
-                work.release()
+                cpu = time.process_time()
+                samples[name].total.append(self.time(work.both, repeats[name]))
+                if not self.cuda:
+                    samples[name].cpu.append((time.process_time() - cpu) / repeats[name])
+                if work.leaves:
+                    samples[name].forward.append(self.time(work.forward, repeats[name]))
         return samples
 
     # ------------------------------------------------------------------ memory
@@ -131,10 +125,9 @@ class Bench:
             path = Path(folder) / "trace.json"
             profile.export_chrome_trace(str(path))
             events = json.loads(path.read_text())["traceEvents"]
-        changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
         level = highest = 0
-        for _, change in changes:
-            level += change
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+            level += event["args"]["Bytes"]
             highest = max(highest, level)
         return highest
 
@@ -158,44 +151,14 @@ class Pass:
     ) -> None:
         self.call, self.leaves, self.upstream = call, list(leaves), upstream
         self.inputs = {name: x.detach().requires_grad_(name in leaves) for name, x in inputs.items()}
-        self.has_backward = bool(self.leaves)
-        self.outputs: tuple[Tensor, ...] = ()
-        self.gradients: tuple[Tensor, ...] = ()
 
-    def forward(self) -> None:
-        """Computes the outputs."""
-        self.outputs = self.call(**self.inputs)
+    def forward(self) -> tuple[Tensor, ...]:
+        """The outputs."""
+        return self.call(**self.inputs)
 
-    def backward(self) -> None:
-        """Computes the gradients of the leaves."""
-        if self.has_backward:
-            leaves = [self.inputs[name] for name in self.leaves]
-            self.gradients = torch.autograd.grad(self.outputs, leaves, self.upstream)
-
-    def release(self) -> None:
-        """Lets go of outputs and gradients."""
-        self.outputs, self.gradients = (), ()
-
-
-# ------------------------------------------------------------------ where it ran
-def machine(device: torch.device) -> dict[str, str]:
-    """What a reader must know to compare figures."""
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    if commit:
-        facts["commit"] = commit
-    if device.type == "cuda":
-        facts["device"] = torch.cuda.get_device_name(device)
-        query = "clocks.sm,clocks.mem,temperature.gpu,driver_version"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
-        facts[query] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        return facts
-    facts["device"] = processor()
-    return facts
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+    def both(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The outputs and the gradients of the leaves."""
+        outputs = self.forward()
+        if not self.leaves:
+            return outputs, ()
+        return outputs, torch.autograd.grad(outputs, [self.inputs[name] for name in self.leaves], self.upstream)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from align_kernels import scan_compiled, scan_native, scan_tensors
 from align_kernels.scan_ops import VTrace, gae, gae_op
@@ -22,7 +23,8 @@ from align_kernels.scan_ops import VTrace, gae, gae_op
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["cases"]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # "tensors" is native where there is no C compiler.
-IMPLS = ["triton"] if INTERPRETING else ["native", "tensors", "reference"]
+IMPLS = ["triton"] if INTERPRETING else ["native", "tensors"]
+with_reference = pytest.mark.parametrize("impl", IMPLS if INTERPRETING else [*IMPLS, "reference"], indirect=True)
 DTYPES = [torch.float32] if INTERPRETING else [torch.float32, torch.float64]
 EXAMPLES = 25 if INTERPRETING else 120
 LONGEST = 40 if INTERPRETING else 150
@@ -86,6 +88,7 @@ def test_the_reference_computes_v_trace_as_a_hand_does() -> None:
     torch.testing.assert_close(advantages, torch.tensor([[3.875, -1.5]]))
 
 
+@with_reference
 @pytest.mark.parametrize("case", ["plain", "bootstrap", "interior", "dones"])
 @pytest.mark.parametrize("padding", [(0, 0), (3, 0), (1, 2)])
 def test_gold_gae(impl: str, dtype: torch.dtype, case: str, padding: tuple[int, int]) -> None:
@@ -115,6 +118,7 @@ def test_gold_gae(impl: str, dtype: torch.dtype, case: str, padding: tuple[int, 
         torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-10 if dtype == torch.float64 else 1e-5)
 
 
+@with_reference
 def test_gold_gae_packed(impl: str, dtype: torch.dtype) -> None:
     inputs, outputs = GOLDEN["gae_packed"]["inputs"], GOLDEN["gae_packed"]["outputs"]
     rewards, values = (torch.tensor(inputs[name], dtype=dtype) for name in ("rewards", "values"))
@@ -210,6 +214,7 @@ def test_threads_change_nothing() -> None:
 
 
 # ------------------------------------------------------------------ properties
+@with_reference
 def test_ppo_2_limits_of_lambda_are_exact(impl: str) -> None:
     """Dyadic numbers, so that sums are exact and 'equal' means bit for bit."""
     generator = torch.Generator().manual_seed(3)
@@ -233,6 +238,7 @@ def test_ppo_4_padding_changes_nothing(impl: str, left: int, right: int) -> None
         assert not y[:, left + 11 :].any()
 
 
+@with_reference
 def test_ppo_5_packed_equals_padded(impl: str, dtype: torch.dtype) -> None:
     lengths = [7, 0, 1, 33, 12]
     rewards, values, mask = (x[0] for x in rollout(6, 1, sum(lengths), dtype=dtype))
@@ -250,6 +256,7 @@ def test_ppo_5_packed_equals_padded(impl: str, dtype: torch.dtype) -> None:
     assert (packed[0] - joined).abs().max() > 1e-3  # a boundary that is ignored would be noticed
 
 
+@with_reference
 def test_ppo_6_a_masked_span_inside_may_as_well_not_be_there(impl: str) -> None:
     rewards, values = torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(2))
     mask = torch.ones(3, 30, dtype=torch.bool)
@@ -259,6 +266,7 @@ def test_ppo_6_a_masked_span_inside_may_as_well_not_be_there(impl: str) -> None:
     torch.testing.assert_close(with_span[mask].view(3, -1), without, rtol=0, atol=1e-6)
 
 
+@with_reference
 def test_regression_gae_masked_observations(impl: str) -> None:
     """Tool tokens that decay and leak into GAE (radixark/miles#1827, verl-project/verl#2337).
 
@@ -276,6 +284,7 @@ def test_regression_gae_masked_observations(impl: str) -> None:
     assert (faulty - expected).abs().max() > 0.1
 
 
+@with_reference
 def test_stop_ends_the_episode_at_an_invalid_token(impl: str) -> None:
     rewards, values = torch.ones(1, 6), torch.zeros(1, 6)
     mask = torch.tensor([[1, 1, 0, 1, 1, 0]], dtype=torch.bool)
@@ -301,6 +310,7 @@ def test_results_are_the_same_every_time(impl: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@with_reference
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (1, 1)])
 def test_batches_of_nothing(impl: str, shape: tuple[int, int]) -> None:
     for result in gae(torch.ones(shape), torch.zeros(shape), mask=torch.zeros(shape, dtype=torch.bool), impl=impl):
@@ -335,6 +345,12 @@ def test_compiles_without_a_graph_break(impl: str) -> None:
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(rewards, values), loss(rewards, values))
+
+
+def test_shapes_are_known_without_data(impl: str) -> None:
+    with FakeTensorMode():
+        for result in gae(torch.ones(3, 5, dtype=torch.bfloat16), torch.ones(3, 5), impl=impl):
+            assert (result.shape, result.dtype) == ((3, 5), torch.float32)
 
 
 # ------------------------------------------------------------------ errors

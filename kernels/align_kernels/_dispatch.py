@@ -117,7 +117,7 @@ def _triton_problem(device_type: str, index: int | None) -> str | None:
     try:
         from align_kernels import _probe
 
-        _probe.run(torch.device(device_type, index))
+        _probe.run(torch.device(device_type) if index is None else torch.device(device_type, index))
     except Exception as error:  # whatever a driver, compiler or missing package may raise is a reason
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 IGNORED = -100
 
 
-def locate(labels: Tensor, width: int, start: int = 0, *, check: bool = False) -> tuple[Tensor, Tensor]:
-    """Columns of the labels ``[n]`` in a vocabulary shard, and which of them lie in it; column 0 for the others.
+def locate(labels: Tensor, width: int, start: int = 0, *, check: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Columns of the labels ``[n]`` in a vocabulary shard, and which of them lie in it, None for all; some column else.
 
     Args:
         labels: int32 or int64 ``[n]``.
@@ -18,7 +17,12 @@ def locate(labels: Tensor, width: int, start: int = 0, *, check: bool = False) -
         check: Raise for labels outside the shard other than −100; waits for the device.
     """
     columns = labels.long() - start if start else labels.long()
-    inside = (columns >= 0) & (columns < width)
+    if labels.is_cpu and len(labels):
+        first, last = columns.aminmax()
+        if int(first) >= 0 and int(last) < width:
+            return columns, None
+    index = columns.clamp(0, max(width - 1, 0))
+    inside = (columns == index) & (width > 0)
     if check:
         bad = ~inside & (labels != IGNORED)
         if bool(bad.any()):
@@ -27,7 +31,12 @@ def locate(labels: Tensor, width: int, start: int = 0, *, check: bool = False) -
                 f"labels: {int(labels[row])} at row {row} is outside the vocabulary of {width} tokens; "
                 f"{IGNORED} marks a token without a label"
             )
-    return torch.where(inside, columns, 0), inside
+    return index, inside
+
+
+def only(values: Tensor, chosen: Tensor | None) -> Tensor:
+    """A copy of the values ``[n]``, 0 where not chosen, even for NaN."""
+    return values.clone() if chosen is None else values.masked_fill(~chosen, 0.0)
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -47,12 +47,13 @@ def keeps(save: str, rows: int, vocabulary: int, like: Tensor) -> bool:
 def chunk_rows(chunk_bytes: int | None, vocabulary: int, like: Tensor) -> int:
     """Rows of logits at a time."""
     itemsize = gemm.compute_dtype(like.dtype, like.device).itemsize
-    row = max(vocabulary, 1) * itemsize
+    vocabulary = max(vocabulary, 1)
     if chunk_bytes is not None:
-        return max(1, chunk_bytes // row)
+        return max(1, chunk_bytes // (vocabulary * itemsize))
     if like.device.type == "cuda":
-        return max(1, CHUNK_BYTES["cuda"] // row)
-    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES["cpu"] // row)
+        return max(1, CHUNK_BYTES["cuda"] // (vocabulary * itemsize))
+    # a narrow chunk is widened: the copy is what has to fit the cache
+    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES["cpu"] // (vocabulary * max(itemsize, 4)))
 
 
 def _memory_to_keep(device: torch.device) -> int:

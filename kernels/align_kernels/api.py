@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Below this many logits a call costs less than an autograd function in Python: plain library calls are faster.
-FEW_LOGITS = 2**18
+FEW_LOGITS = 2**20
 
 Stats: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
 
@@ -171,7 +171,7 @@ def linear_token_logprobs(
         states = flat if rows is None else flat.index_select(0, rows)
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
         wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
-        found = _plain_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
+        found = _plain_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted, finite=bias is None)
     elif chosen == "reference":
         options = {"entropy": entropy, "argmax": argmax, "temperature": temperature, "softcap": softcap}
         found = _reference_stats(flat, weight, bias, ref, few_labels, rows, check_labels, **options)
@@ -194,8 +194,8 @@ def _is_small(elements: int, x: Tensor) -> bool:
     return 0 < elements <= FEW_LOGITS and x.is_cpu and not narrow and not torch.compiler.is_compiling()
 
 
-def _plain_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted) -> Stats:
-    """Statistics of a few logits ``[n, V]`` by the library, with gradients of its own."""
+def _plain_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted, finite: bool = False) -> Stats:
+    """Statistics of a few logits ``[n, V]`` by the library, with gradients of its own; ``finite``: no logit is −inf."""
     z = _plain_transform(x, wanted.temperature, wanted.softcap)
     log_p = z.log_softmax(1)
     try:
@@ -207,11 +207,13 @@ def _plain_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted
     if wanted.entropy or ref_x is not None:
         p = log_p.exp()
         if wanted.entropy:
-            entropy = -(p * log_p.clamp(min=LEAST_LOG_P)).sum(1)
+            entropy = -(p * (log_p if finite else log_p.clamp(min=LEAST_LOG_P))).sum(1)
         if ref_x is not None:
             log_q = _plain_transform(ref_x, wanted.ref_temperature, wanted.ref_softcap).log_softmax(1)
             kl = (p * (log_p - log_q.to(log_p.dtype)).masked_fill(p == 0, 0.0)).sum(1)
-    return logp, entropy, kl, z.amax(1) - log_p.amax(1), z.argmax(1) if wanted.argmax else None
+    # any column that is not −inf tells the log-sum: the largest one, unless all will do
+    lse = z[:, 0] - log_p[:, 0] if finite else z.amax(1) - log_p.amax(1)
+    return logp, entropy, kl, lse, z.argmax(1) if wanted.argmax else None
 
 
 def _plain_transform(x: Tensor, temperature: float, softcap: float | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from align_kernels._labels import locate
+from align_kernels._labels import locate, only
 from align_kernels.layer import Layer, LayerGrads
 from align_kernels.native import RowGrads, RowStats, Wanted, joined
 from align_kernels.shards import Shard, merge, sum_over_shards
@@ -19,17 +19,25 @@ from align_kernels.shards import Shard, merge, sum_over_shards
 class Rows(Protocol):
     """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`.
 
-    ``leaves_probabilities``: what forward overwrites becomes probabilities, and backward is not called. ``in_place``:
-    backward overwrites the logits with their gradient.
+    ``by_probabilities``: the gradient is made from probabilities, by :func:`from_probabilities`. ``in_place``: backward
+    overwrites the logits with their gradient.
     """
 
     wanted: Wanted
-    leaves_probabilities: bool
+    by_probabilities: bool
     in_place: bool
 
     def forward(
-        self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor,
+        ref_x: Tensor | None = None,
+        *,
+        overwrite: bool = False,
+        probabilities: bool = False,
     ) -> RowStats: ...
+
+    def probabilities_(self, x: Tensor) -> None: ...
 
     def backward(
         self,
@@ -51,15 +59,15 @@ class Columns:
         stats: Over the whole vocabulary; ``stats.logp`` is of the column in ``index``.
         logp: Of the labels; 0 where a label is outside the vocabulary.
         index: Columns of the labels in this shard; 0 where ``inside`` is false.
-        inside: Which labels are columns of this shard.
-        known: Which labels are columns of some shard.
+        inside: Which labels are columns of this shard; None for all.
+        known: Which labels are columns of some shard; None for all.
     """
 
     stats: RowStats
     logp: Tensor
     index: Tensor
-    inside: Tensor
-    known: Tensor
+    inside: Tensor | None
+    known: Tensor | None
 
 
 def forward(
@@ -78,18 +86,21 @@ def forward(
     kept = layer.empty_logits(len(layer) if keep else 0)
     buffer = layer.empty_logits(0 if keep else size)
     ref_buffer = None if reference is None else reference.empty_logits(size)
+    probabilities = keep and rows.by_probabilities
     found = []
     for part in layer.parts():
         x = layer.logits_into(kept[part] if keep else buffer, part)
         ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
-        found.append(rows.forward(x, index[part], ref_x, overwrite=not keep or rows.leaves_probabilities))
+        found.append(
+            rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=keep and rows.by_probabilities)
+        )
     stats = joined(found, rows.wanted, layer.hidden)
     if shard is None:
-        columns = Columns(stats, torch.where(inside, stats.logp, 0.0), index, inside, inside)
+        columns = Columns(stats, only(stats.logp, inside), index, inside, inside)
     else:
         stats, logp, known = merge(stats, inside, shard.group)
         columns = Columns(stats, logp, index, inside, known)
-    if keep and rows.leaves_probabilities:
+    if keep and rows.by_probabilities:
         mark_labels(kept, index, stats)
     return columns, kept if keep else None
 
@@ -113,9 +124,9 @@ def backward(
     shard: Shard | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias from the upstream gradients of the rows ``[M]``."""
-    grads = grads._replace(logp=torch.where(columns.known, grads.logp, 0.0))
+    grads = grads._replace(logp=only(grads.logp, columns.known))
     # where no chunk needs memory, all rows are one product each for hidden states and weight, without a sum over chunks
-    free = grads.lse is None if rows.leaves_probabilities else rows.in_place and grads.kl is None
+    free = grads.lse is None if rows.by_probabilities else rows.in_place and grads.kl is None
     at_once = kept is not None and free and len(layer) > 0
     size = min(layer.chunk, len(layer))
     buffer = layer.empty_logits(0 if kept is not None else size)
@@ -125,9 +136,9 @@ def backward(
     for part in parts:
         x = layer.logits_into(buffer, part) if kept is None else kept[part]
         index, stats, upstream = columns.index[part], columns.stats.at(part), grads.at(part)
-        if rows.leaves_probabilities:
+        if rows.by_probabilities:
             if kept is None:
-                rows.forward(x, index, overwrite=True)
+                rows.probabilities_(x)
                 mark_labels(x, index, stats)
             total.add(layer, part, *from_probabilities(x, index, upstream, rows.wanted.temperature))
         else:

@@ -6,7 +6,6 @@ the upstream gradient of a row multiplied into its hidden state. Nothing is comp
 chunk cost a tenth of its products, and a compiler would take seconds to save less (docs/kernels.md has the figures).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 LEAST_LOG_P = -1e4
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What to compute of rows, and how logits become log-probabilities: softmax(cap·tanh(x/cap)/temperature).
 
     Args:
@@ -103,43 +101,65 @@ class NativeRows:
 
     Args:
         wanted: What to compute.
-        leaves_probabilities: Whether forward may leave probabilities where the logits were; it does if that is all that
-            backward needs.
+        by_probabilities: Whether the gradient may be made from probabilities, if they are all that it needs.
     """
 
     in_place = False  # backward leaves the logits alone
 
-    def __init__(self, wanted: Wanted, *, leaves_probabilities: bool = False) -> None:
+    def __init__(self, wanted: Wanted, *, by_probabilities: bool = False) -> None:
         self.wanted = wanted
-        self.leaves_probabilities = leaves_probabilities and wanted.log_probs_only
+        self.by_probabilities = by_probabilities and wanted.log_probs_only
         self._scratch: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ forward
-    def forward(self, x: Tensor, labels: Tensor, ref_x: Tensor | None = None, *, overwrite: bool = False) -> RowStats:
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        ref_x: Tensor | None = None,
+        *,
+        overwrite: bool = False,
+        probabilities: bool = False,
+    ) -> RowStats:
         """Statistics of logits ``[n, V]`` for labels ``[n]`` in ``[0, V)``.
 
-        With ``overwrite``, ``x`` holds probabilities afterwards if ``leaves_probabilities``, else nothing of use.
+        With ``overwrite``, ``x`` holds nothing of use afterwards; with ``probabilities``, it holds probabilities.
         """
         wanted = self.wanted
         if not x.shape[1]:
             zero = x.new_zeros(len(x), dtype=statistics_dtype(x.dtype))
             return _of_nothing(wanted, zero, zero - torch.inf)
+        overwrite = overwrite or probabilities
         z = self._transformed(x, wanted.temperature, wanted.softcap, "z", overwrite)
-        picked = z.gather(1, labels[:, None])[:, 0]
-        peak, argmax = z.max(1) if wanted.argmax else (z.amax(1), None)
+        column = labels[:, None]
+        picked = z.gather(1, column)[:, 0]
+        argmax = z.argmax(1) if wanted.argmax else None
+        # a finite label needs no pass for the maximum; whether all are is known without waiting on a CPU alone
+        peak = None if not probabilities and x.is_cpu and bool(picked.isfinite().all()) else z.amax(1)
         out = self._buffer("z", x) if z is x and not overwrite else z
-        # the largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once
-        if wanted.entropy or wanted.kl:
-            torch.log_softmax(z, 1, out=out)
-            log_sum = out.amax(1).neg_()
-        else:
+        if probabilities:
             torch.softmax(z, 1, out=out)
-            log_sum = out.amax(1).log_().neg_()
-            if overwrite and self.leaves_probabilities and out is not x:
+            if out is not x:
                 x.copy_(out)
-        lse = torch.where(peak == -torch.inf, peak, peak + log_sum)
-        stats = RowStats((picked - peak).sub_(log_sum), lse, argmax=argmax)
+        else:
+            torch.log_softmax(z, 1, out=out)
+        if peak is None:
+            logp = out.gather(1, column)[:, 0]
+            lse = picked - logp
+        else:
+            # the largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once
+            log_sum = out.amax(1).log_().neg_() if probabilities else out.amax(1).neg_()
+            logp = (picked - peak).sub_(log_sum)
+            lse = torch.where(peak == -torch.inf, peak, peak + log_sum)
+        stats = RowStats(logp, lse, argmax=argmax)
         return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
+
+    def probabilities_(self, x: Tensor) -> None:
+        """Overwrites logits with their probabilities, once their statistics are known."""
+        z = self._transformed(x, self.wanted.temperature, self.wanted.softcap, "z", True)
+        torch.softmax(z, 1, out=z)
+        if z is not x:
+            x.copy_(z)
 
     def _expectations(self, log_p: Tensor, ref_x: Tensor | None, stats: RowStats) -> RowStats:
         """Adds entropy and KL; overwrites ``log_p``."""

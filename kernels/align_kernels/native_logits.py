@@ -1,9 +1,8 @@
 """K1 from logits that exist, by the library: chunks of rows that fit a cache."""
 
-import torch
 from torch import Tensor
 
-from align_kernels._labels import chunks, locate, take
+from align_kernels._labels import chunks, locate, only, take
 from align_kernels.native import NativeRows, RowGrads, RowStats, Wanted, joined
 
 CACHE_BYTES = 4 * 2**20
@@ -28,7 +27,7 @@ def forward(
         ref_x = None if ref_logits is None else take(ref_logits, rows, part)
         found.append(passes.forward(take(logits, rows, part), index[part], ref_x, overwrite=rows is not None))
     stats = joined(found, wanted, logits)
-    logp = torch.where(inside, stats.logp, 0.0)
+    logp = only(stats.logp, inside)
     if rows is None:
         return logp, stats
 
@@ -51,7 +50,7 @@ def backward(
     """Writes the gradient with respect to ``logits`` into ``out``, which may be ``logits``; zeros in masked rows."""
     rows = _counted(mask)
     index, inside = locate(labels, logits.shape[1])
-    grads = grads._replace(logp=torch.where(inside, grads.logp, 0.0))
+    grads = grads._replace(logp=only(grads.logp, inside))
     passes = NativeRows(wanted)
     for part in chunks(len(labels) if rows is None else len(rows), _chunk_rows(logits)):
         chosen = part if rows is None else rows[part]

@@ -42,8 +42,8 @@ def token_stats(
     logp = torch.where(inside, log_p.gather(-1, torch.where(inside, labels, 0)[..., None].long())[..., 0], 0.0)
     kl = None
     if ref_logits is not None:
-        alike = ref_temperature is None
-        q = transform(ref_logits.detach(), temperature if alike else ref_temperature, softcap if alike else ref_softcap)
+        same = ref_temperature is None
+        q = transform(ref_logits.detach(), ref_temperature or temperature, softcap if same else ref_softcap)
         kl = _expectation(p, log_p - q.log_softmax(-1).to(z.dtype))
     counted = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
 

@@ -105,7 +105,7 @@ def gae(
             raise ValueError(f"vtrace has rho_bar {rho_bar} and c_bar {c_bar}: both must be above 0")
     chosen = choose("gae", rewards.device, result_dtype(rewards, values), impl)
     tensors = _detached(rewards, values, mask, dones, bootstrap, cu_seqlens, log_rho)
-    run: Callable[..., Any] = _gae if _directly(chosen) else gae_op
+    run: Callable[..., Any] = _gae if _directly(tensors[0], chosen) else gae_op
     return run(*tensors, float(gamma), float(lam), mask_mode, float(rho_bar), float(c_bar), chosen)
 
 
@@ -166,8 +166,9 @@ def shaped_advantages(
     chosen = choose("shaped_advantages", logp.device, result_dtype(logp, ref_logp, values), impl)
     tensors = _detached(logp, ref_logp, values, scores, mask, bootstrap, cu_seqlens)
     clip = float("inf") if score_clip is None else float(score_clip)
-    run: Callable[..., Any] = _shaped if _directly(chosen) else shaped_op
-    finish: Callable[..., Any] = _whiten_ if _directly(chosen) else whiten_op
+    directly = _directly(tensors[0], chosen)
+    run: Callable[..., Any] = _shaped if directly else shaped_op
+    finish: Callable[..., Any] = _whiten_ if directly else whiten_op
     advantages, returns, rewards, kl_sum, moments = run(
         *tensors, float(kl_coef), kl_estimator, clip, float(gamma), float(lam), chosen
     )
@@ -274,9 +275,9 @@ def _(values: Tensor, mask: Tensor, moments: Tensor, whiten: bool, shift_mean: b
     return moments.new_empty(2)
 
 
-def _directly(impl: str) -> bool:
-    """Native functions go without the operator around them outside of a compiler: it takes longer than they do."""
-    return impl == "native" and not torch.compiler.is_compiling()
+def _directly(tokens: Tensor, impl: str) -> bool:
+    """Native functions go without the operator around them, which takes longer than they do, unless they are traced."""
+    return impl == "native" and type(tokens) is Tensor and not torch.compiler.is_compiling()
 
 
 def _implementation(op: str, impl: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from align_kernels._labels import only
 from align_kernels._types import TokenStats
 from align_kernels.native import RowStats
 
@@ -43,12 +44,12 @@ def merge_vocab_stats(stats: TokenStats, process_group: "ProcessGroup") -> Token
     return TokenStats(logp.view(shape), entropy, None, merged.lse.view(shape), None)
 
 
-def merge(stats: RowStats, inside: Tensor, group: "ProcessGroup") -> tuple[RowStats, Tensor, Tensor]:
+def merge(stats: RowStats, inside: Tensor | None, group: "ProcessGroup") -> tuple[RowStats, Tensor, Tensor]:
     """Merges the statistics of rows ``[n]`` over shards.
 
     Args:
         stats: Of this shard, without KL and argmax.
-        inside: Which labels are columns of this shard.
+        inside: Which labels are columns of this shard; None for all.
         group: The ranks.
 
     Returns:
@@ -57,7 +58,8 @@ def merge(stats: RowStats, inside: Tensor, group: "ProcessGroup") -> tuple[RowSt
     """
     none = torch.zeros_like(stats.lse)
     entropy = none if stats.entropy is None else stats.entropy
-    mine = torch.stack([stats.lse, entropy, torch.where(inside, stats.logp, none), inside.to(none.dtype)])
+    has_label = torch.ones_like(none) if inside is None else inside.to(none.dtype)
+    mine = torch.stack([stats.lse, entropy, only(stats.logp, inside), has_label])
     ranks = torch.distributed.get_world_size(group)
     gathered = [torch.empty_like(mine) for _ in range(ranks)]
     torch.distributed.all_gather(gathered, mine, group=group)

@@ -32,8 +32,8 @@ class NanGuard(Callback):
         if bad:
             path = save_batch(self._batch, self.folder, f"nan_batch_rank{trainer.global_rank}")
             raise UserError(
-                f"the loss is {float(loss)} at step {trainer.global_step + 1}: stopped before the update, the batch is "
-                f"in {path} (try a lower learning rate, model.max_grad_norm, or look at that batch)"
+                f"the loss is {float(loss.detach())} at step {trainer.global_step + 1}: stopped before the update, the "
+                f"batch is in {path} (try a lower learning rate, model.max_grad_norm, or look at that batch)"
             )
 
 

@@ -40,6 +40,7 @@ class RunProgress(ProgressBar):
         self._task: Any = None
         self._enabled = True
         self._last_line = 0.0
+        self._said = -1  # what the last line was about
 
     def disable(self) -> None:
         """Show nothing (other processes than the first)."""
@@ -96,6 +97,9 @@ class RunProgress(ProgressBar):
 
     def _line(self, trainer: Trainer, done: int) -> None:
         self._last_line = time.monotonic()
+        if done == self._said:
+            return
+        self._said = done
         total = f"/{self.total}" if self.total else ""
         print(f"{self.unit} {done}{total}  {describe(trainer.callback_metrics)}", file=sys.stderr, flush=True)
 

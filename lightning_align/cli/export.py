@@ -1,6 +1,5 @@
 """``export``: a checkpoint of a run in Hugging Face format."""
 
-import warnings
 from pathlib import Path
 
 from lightning_align.cli.options import OptionParser
@@ -29,7 +28,8 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
     """Start the run's module from the checkpoint exactly as resuming does, and export instead of training."""
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from lightning_align.cli.fit import build, import_methods, quiet, run_trainer
+    from lightning_align.cli.build import build, import_methods
+    from lightning_align.cli.fit import quiet, run_trainer
     from lightning_align.cli.plan import PlanOnly
     from lightning_align.run.checkpoints import check_checkpoint
 
@@ -41,7 +41,6 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
 
     check_checkpoint(checkpoint)
     quiet()
-    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint.*")
     import_methods()
     cli = build("export", ["--config", str(run / CONFIG_FILE)])
     trainer = cli.build_trainer([ExportInstead()], logger=False, enable_progress_bar=False, enable_checkpointing=False)

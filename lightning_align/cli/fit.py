@@ -1,104 +1,33 @@
 """``fit``, ``validate`` and ``test``: one stage through LightningCLI, in a run directory."""
 
-import argparse
-import importlib
 import logging
 import os
-import pkgutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import lightning_align.methods
 from lightning_align.callbacks.export import ExportModel
 from lightning_align.callbacks.nan_guard import NanGuard
 from lightning_align.callbacks.progress import RunProgress
-from lightning_align.cli.parsing import explain, translate_options
+from lightning_align.cli.build import AlignCLI, build, import_methods, with_saved_config
 from lightning_align.cli.plan import Plan, PlanOnly
-from lightning_align.data.datamodules import BaseDataModule
-from lightning_align.errors import UserError
-from lightning_align.methods.base import AlignModule
+from lightning_align.errors import UserError, check_options
 from lightning_align.methods.online import OnlineModule
 from lightning_align.run.checkpoints import RunCheckpoints, check_checkpoint
 from lightning_align.run.directory import CONFIG_FILE, RunDirectory, find_parents
-from lightning_align.run.logging import FileLogger, WandbMirror, WandbMode, wandb_mode
+from lightning_align.run.logging import FileLogger, WandbMirror, wandb_mode
 from lightning_align.run.resume import RandomState, use_boundary_loop
 from lightning_align.run.signals import StopRequest
 
-COMMAND_FLAGS = ("resume", "overwrite", "dry_run", "ckpt_path")  # they say what to do now, not what the run is
 NAME_VARIABLE = "LIGHTNING_ALIGN_RUN_NAME"  # the processes of one run agree on a name made up by the first
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",  # statistics are float64, which MPS lacks
-    "devices": 1,
-    "use_distributed_sampler": False,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "log_every_n_steps": 10,
-}
-
-
-class AlignCLI(LightningCLI):
-    """LightningCLI with this project's options; it parses and builds, and :func:`execute` runs."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The options of the run."""
-        parser.add_argument("--run.name", type=str | None, default=None, help="Name of the run; made up if not given.")
-        parser.add_argument("--run.root", type=str, default="runs", help="Folder that holds the runs.")
-        parser.add_argument(
-            "--run.wandb",
-            type=WandbMode | None,
-            default=None,
-            help="Weights & Biases: offline (default, whether logged in or not), online or disabled.",
-        )
-        parser.add_argument(
-            "--run.checkpoint_every",
-            type=int,
-            default=50,
-            help="Write last.ckpt every so many optimiser steps (offline methods) or iterations (online methods).",
-        )
-        parser.add_argument("--resume", action="store_true", help="Continue the run of this name, bit for bit.")
-        parser.add_argument("--overwrite", action="store_true", help="Delete the run of this name and start again.")
-        parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print sizes and memory, then stop.")
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="A checkpoint file, or last (as --resume)."
-        )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; any problem is one line."""
-        try:
-            self.config = parser.parse_args(args)
-        except argparse.ArgumentError as error:
-            options = [name for action in parser._actions for name in action.option_strings]
-            raise UserError(explain(error, BASES, options)) from error
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Later, when the run directory is known."""
-        return None  # type: ignore[return-value]
-
-    def config_text(self) -> str:
-        """``config.yaml``: everything that determines the run, without its name."""
-        config = self.config.clone()
-        for key in ("config", "run.name", *COMMAND_FLAGS):
-            config.pop(key, None)
-        return self.parser.dump(config, skip_unset=False)
-
-    def build_trainer(self, callbacks: list[Any], **overrides: Any) -> Trainer:
-        """The trainer with ``callbacks`` beside the user's own."""
-        config = {**self._get(self.config_init, "trainer"), **overrides}
-        own = config.pop("callbacks", None) or []
-        return Trainer(callbacks=[*(own if isinstance(own, list) else [own]), *callbacks], **config)
-
-
-BASES: dict[str, type] = {"model": AlignModule, "data": BaseDataModule}
 
 
 def main(argv: list[str]) -> int:
@@ -136,58 +65,22 @@ def quiet() -> None:
         ".*module.s. in eval mode.*",
         ".*is smaller than the logging interval.*",
         ".*isinstance.treespec, LeafSpec.*",
+        ".*callbacks used to create the checkpoint.*",
+        ".*max_epochs. was not set.*",
     ):
         warnings.filterwarnings("ignore", message)
+    warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said, so that it need not warn when we start git
-
-
-def import_methods() -> None:
-    """Import every method, so that short class names resolve."""
-    for module in pkgutil.iter_modules(lightning_align.methods.__path__):
-        importlib.import_module(f"lightning_align.methods.{module.name}")
-
-
-def with_saved_config(argv: list[str]) -> list[str]:
-    """``--resume --run.name NAME`` alone takes the configuration from the run itself."""
-    resuming = "--resume" in argv or "--ckpt_path=last" in argv
-    if not resuming or any(word.split("=")[0] in ("--config", "-c") for word in argv):
-        return argv
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--run.name", dest="name")
-    known.add_argument("--run.root", dest="root", default="runs")
-    options, _ = known.parse_known_args(argv)
-    config = Path(options.root) / (options.name or "") / CONFIG_FILE
-    return ["--config", str(config), *argv] if options.name and config.is_file() else argv
-
-
-def build(command: str, argv: list[str]) -> AlignCLI:
-    """Parse the command line and create module and datamodule."""
-    words, notices = translate_options(argv, BASES)
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
-    return AlignCLI(
-        AlignModule,
-        BaseDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        seed_everything_default=0,
-        trainer_defaults=TRAINER_DEFAULTS,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"lightning-align {command}"},
-        run=False,
-        args=words,
-    )
 
 
 def fit(cli: AlignCLI, stop: StopRequest) -> int:
     """Train, unless this is a dry run."""
     config = cli.config
-    resume = config.resume or config.ckpt_path == "last"
-    run = RunDirectory(Path(config.run.root), run_name(cli), resume=resume, overwrite=config.overwrite)
+    run, resume = run_directory(cli)
     if rank_zero_only.rank == 0 and not config.dry_run:  # type: ignore[attr-defined]
         run.check()
+    if resume:
+        check_unchanged(cli, run.path / CONFIG_FILE)
     checkpoint = starting_point(run, config.ckpt_path, resume)
     trainer = fit_trainer(cli, run, stop)
     try:
@@ -196,6 +89,16 @@ def fit(cli: AlignCLI, stop: StopRequest) -> int:
         return 0
     print(f"finished: {run.path} (model in {run.model})", file=sys.stderr)
     return 0
+
+
+def run_directory(cli: AlignCLI) -> tuple[RunDirectory, bool]:
+    """The run's directory, and whether what lies there is to be taken up."""
+    config = cli.config
+    resume = config.resume or config.ckpt_path == "last"
+    if resume and config.run.name is None:
+        raise UserError("--resume and --ckpt_path last need --run.name, the run to take up")
+    run = RunDirectory(Path(config.run.root), run_name(cli), resume=resume, overwrite=config.overwrite)
+    return run, resume
 
 
 def run_name(cli: AlignCLI) -> str:
@@ -209,6 +112,8 @@ def run_name(cli: AlignCLI) -> str:
 def starting_point(run: RunDirectory, path: str | None, resume: bool) -> Path | None:
     """The checkpoint to start from, checked; None for a fresh start, also of a run that was killed before its first."""
     if resume:
+        if path not in (None, "last"):
+            raise UserError(f"--resume continues from {run.last_checkpoint}, --ckpt_path is {path}: give one of them")
         checkpoint = run.last_checkpoint if run.last_checkpoint.exists() else None
     else:
         checkpoint = Path(path) if path is not None else None
@@ -217,18 +122,45 @@ def starting_point(run: RunDirectory, path: str | None, resume: bool) -> Path | 
     return checkpoint
 
 
+def check_unchanged(cli: AlignCLI, saved: Path) -> None:
+    """Raise :class:`UserError` if a resumed run would go on with other models, data or settings than it began with.
+
+    How long it goes on and where it runs may change.
+    """
+    if not saved.is_file():
+        return
+    before, now = (
+        {name: value for section in ("model", "data", "seed_everything") for name, value in _flat(config, section)}
+        for config in (yaml.safe_load(saved.read_text(encoding="utf-8")), yaml.safe_load(cli.config_text()))
+    )
+    for name in sorted(before.keys() & now.keys() - {"model.iterations"}):
+        if before[name] != now[name]:
+            raise UserError(
+                f"{name} is {now[name]}, but the run began with {before[name]} ({saved}): leave the option out to "
+                "resume, or give another --run.name"
+            )
+
+
+def _flat(config: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
+    """The options of a section by their dotted names."""
+    value = config.get(section)
+    if not isinstance(value, dict):
+        yield section, value
+        return
+    yield f"{section}", value.get("class_path")
+    for name, option in value.get("init_args", {}).items():
+        yield f"{section}.{name}", option
+
+
 def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
     """The trainer of a run: our loggers, callbacks and loop."""
     config, module = cli.config, cli.model
-    if config.trainer.logger:
-        raise UserError(
-            "trainer.logger is not used here: metrics.csv is always written, --run.wandb adds Weights & Biases"
-        )
     online = isinstance(module, OnlineModule)
-    if online and config.trainer.accumulate_grad_batches != 1:
-        raise UserError("trainer.accumulate_grad_batches is for offline methods: set model.micro_batch_size instead")
-    if online and config.trainer.max_steps != -1:
-        raise UserError("trainer.max_steps is for offline methods: set model.iterations instead")
+    check_trainer_options(config.trainer, online=online)
+    if online:
+        samples = cli.datamodule.batch_size * module.sampling.num_samples
+        steps = module.num_mini_batches
+        check_options("model", ("num_mini_batches", steps, steps <= samples, f"at most {samples}, one a completion"))
     files = FileLogger(run.path)
     checkpoints = RunCheckpoints(
         run,
@@ -259,11 +191,35 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
     return trainer
 
 
+def check_trainer_options(options: Any, *, online: bool) -> None:
+    """Raise :class:`UserError` for what the Trainer would take but cannot mean here."""
+    if options.logger:
+        raise UserError(
+            "trainer.logger is not used here: metrics.csv is always written, --run.wandb adds Weights & Biases"
+        )
+    if online and options.accumulate_grad_batches != 1:
+        raise UserError("trainer.accumulate_grad_batches is for offline methods: set model.micro_batch_size instead")
+    if online and options.max_steps != -1:
+        raise UserError("trainer.max_steps is for offline methods: set model.iterations instead")
+    for name in ("accumulate_grad_batches", "log_every_n_steps", "check_val_every_n_epoch"):
+        if options[name] is not None and options[name] < 1:
+            raise UserError(f"trainer.{name} is {options[name]}: give at least 1")
+    if options.val_check_interval == 0:
+        raise UserError("trainer.val_check_interval is 0: give batches, or a share of the epoch above 0")
+    for name in ("max_steps", "max_epochs"):
+        if options[name] == 0:
+            raise UserError(f"trainer.{name} is 0: nothing would be trained, give at least 1")
+
+
 def evaluate(cli: AlignCLI, command: str) -> int:
     """Run the module's evaluation and print what it measured."""
-    checkpoint = Path(cli.config.ckpt_path) if cli.config.ckpt_path is not None else None
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
+    config = cli.config
+    run, resume = run_directory(cli)
+    checkpoint = starting_point(run, config.ckpt_path, resume)
+    if resume and checkpoint is None:
+        raise UserError(f"there is no checkpoint {run.last_checkpoint} (check --run.name and --run.root)")
+    if checkpoint is None:
+        print(f"evaluating {cli.model.source} as it is; --ckpt_path evaluates a checkpoint of a run", file=sys.stderr)
     trainer = cli.build_trainer([], logger=False, enable_progress_bar=False, enable_checkpointing=False)
     run_trainer(command, trainer, cli, checkpoint)
     for name, value in sorted(trainer.callback_metrics.items()):

@@ -1,6 +1,5 @@
 """``generate``: completions of a prompt, of a file of prompts, or a conversation in the terminal."""
 
-import json
 import random
 import sys
 from argparse import Namespace
@@ -15,12 +14,18 @@ BATCH = 64  # prompts of a file that are sampled together
 
 
 def main(argv: list[str]) -> int:
-    """Sample from a model; one completion per line, or JSON lines with ``--out``."""
+    """Sample from a model; printed, or written to a file with ``--out``."""
     options = _parser().parse_args(argv)
     if options.prompt is not None and options.file is not None:
         raise UserError("--prompt and --file exclude each other")
     if options.file is not None and not options.file.is_file():
         raise UserError(f"file {options.file} does not exist (--file)")
+    if options.out is not None:
+        from lightning_align.data.writers import check_target
+
+        if options.prompt is None and options.file is None:
+            raise UserError("--out needs --prompt or --file: a conversation is not written")
+        check_target(options.out, overwrite=options.overwrite)
     sampler = Sampler(options)
     if options.prompt is None and options.file is None:
         converse(sampler)
@@ -34,7 +39,8 @@ def _parser() -> OptionParser:
     parser.add_argument("model", help="run directory, local path or hub id")
     parser.add_argument("--prompt", help="one prompt")
     parser.add_argument("--file", type=Path, help="prompts: any file of prompt records, or one prompt a line (.txt)")
-    parser.add_argument("--out", type=Path, help="write JSON lines here instead of printing")
+    parser.add_argument("--out", type=Path, help="write records here instead of printing (.jsonl, .csv, .parquet)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the --out file if there is one")
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a user's message and apply the chat template"
     )
@@ -96,22 +102,21 @@ class Sampler:
 
 def write(sampler: Sampler, options: Namespace) -> None:
     """Complete the prompt or the file's prompts."""
+    from lightning_align.data.writers import write_records
+
     prompts = list(_prompts(options))
-    out = options.out.open("w", encoding="utf-8") if options.out is not None else None
-    try:
-        for start in range(0, len(prompts), BATCH):
-            for row in sampler.complete(prompts[start : start + BATCH]):
-                if out is not None:
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-                else:
-                    print(
-                        row["completion"]
-                        if options.prompt is not None
-                        else f"{_last(row['prompt'])}\n  → {row['completion']}"
-                    )
-    finally:
-        if out is not None:
-            out.close()
+    rows = []
+    for start in range(0, len(prompts), BATCH):
+        for row in sampler.complete(prompts[start : start + BATCH]):
+            if options.out is not None:
+                rows.append(row)
+            elif options.prompt is not None:
+                print(row["completion"])
+            else:
+                print(f"{_last(row['prompt'])}\n  → {row['completion']}")
+    if options.out is not None:
+        write_records(rows, options.out, overwrite=options.overwrite)
+        print(f"wrote {len(rows):,} completions to {options.out}")
 
 
 def _prompts(options: Namespace) -> Iterator[Any]:

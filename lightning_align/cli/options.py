@@ -1,8 +1,10 @@
 """What the small commands share: an argparse parser whose errors are one line."""
 
 import argparse
+import re
 from typing import NoReturn
 
+from lightning_align.cli.main import nearest
 from lightning_align.errors import UserError
 
 
@@ -14,4 +16,8 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, like every other error."""
+        unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.S)
+        if unknown is not None:
+            word = unknown.group(1)
+            message = f"unknown option {word}{nearest(word.split('=')[0], list(self._option_string_actions))}"
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -31,8 +31,9 @@ class Plan(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on the first process."""
         assert isinstance(pl_module, AlignModule)
+        rows = plan(trainer, pl_module)  # on every process: they agree on the number of steps, and wait for each other
         if trainer.is_global_zero:
-            show(plan(trainer, pl_module))
+            show(rows)
         if self.dry_run:
             raise PlanOnly
 

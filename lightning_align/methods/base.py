@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from lightning_align.data.records import Kind
 from lightning_align.data.templates import conventions
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, check_options
 from lightning_align.losses.masked import Metrics
 from lightning_align.models.export import save_model
 from lightning_align.models.loading import (
@@ -51,6 +52,7 @@ class AlignModule(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
     """
 
+    kinds: tuple[Kind, ...] = ()  # of records that it learns from; empty where any will do
     trained_roles: tuple[str, ...] = ("policy",)  # of :meth:`parameter_roles`, those that learn
     dropout = 0.0  # of the whole network; off wherever log-probs or scores are compared
 
@@ -71,10 +73,17 @@ class AlignModule(L.LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate < 0:
-            raise UserError(f"model.learning_rate is {learning_rate}: it cannot be negative")
-        if not 0 <= warmup_ratio < 1:
-            raise UserError(f"model.warmup_ratio is {warmup_ratio}: give a share from 0 up to (not including) 1")
+        check_options(
+            "model",
+            ("learning_rate", learning_rate, 0 <= learning_rate < float("inf"), "0 or more"),
+            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
+            ("adam_beta1", adam_beta1, 0 <= adam_beta1 < 1, "a number from 0 up to (not including) 1"),
+            ("adam_beta2", adam_beta2, 0 <= adam_beta2 < 1, "a number from 0 up to (not including) 1"),
+            ("adam_epsilon", adam_epsilon, adam_epsilon >= 0, "0 or more"),
+            ("warmup_ratio", warmup_ratio, 0 <= warmup_ratio < 1, "a share from 0 up to (not including) 1"),
+            ("min_lr_ratio", min_lr_ratio, 0 <= min_lr_ratio <= 1, "a share from 0 to 1"),
+            ("max_grad_norm", max_grad_norm, max_grad_norm >= 0, "a norm, or 0 for no clipping"),
+        )
         self.source = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -132,7 +141,8 @@ class AlignModule(L.LightningModule):
     def configure_model(self) -> None:
         """Build the weights: after the data were checked, and only once."""
         if not hasattr(self, "model"):
-            self.model = self.build_model()
+            # a loaded model comes in evaluation mode, in which dropout and gradient checkpointing do nothing
+            self.model = self.build_model().train()
 
     def parameter_roles(self) -> dict[str, int]:
         """Number of parameters by role, without loading any weights."""
@@ -297,7 +307,7 @@ class AlignModule(L.LightningModule):
         method = checkpoint.get("method", {"name": "another program"})
         if method["name"] != type(self).__name__:
             raise UserError(
-                f"the checkpoint is of {method['name']}, this run is {type(self).__name__}: give another run.name"
+                f"the checkpoint is of {method['name']}, not of {type(self).__name__}: give one of the same method"
             )
         self.num_tokens = method["num_tokens"]
 

@@ -26,6 +26,7 @@ class LanguageModelModule(AlignModule):
         kwargs: The settings of :class:`AlignModule`.
     """
 
+    kinds = ("text", "sft")
     packs = True
 
     def __init__(self, *, dropout: float = 0.0, **kwargs: Any) -> None:
@@ -63,7 +64,8 @@ class LanguageModelModule(AlignModule):
         )
         loss, sums = token_cross_entropy(stats.logp, weights)
         count = mask.sum()
-        sums["num_tokens"] = (batch["attention_mask"].sum(), count.new_ones(()))
+        # what stands in for an empty batch (a process with nothing to do) is nobody's token
+        sums["num_tokens"] = (batch["attention_mask"].sum() * mask.any(), count.new_ones(()))
         if stats.correct is not None:
             sums["mean_token_accuracy"] = (stats.correct.sum(), count)
         if stats.entropy is not None:

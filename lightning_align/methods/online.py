@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, check_options
 from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import AlignModule, add_sums, ratios
@@ -84,6 +84,8 @@ class OnlineModule(AlignModule):
         kwargs: The settings of :class:`AlignModule`.
     """
 
+    kinds = ("prompt",)
+
     def __init__(
         self,
         *,
@@ -107,16 +109,16 @@ class OnlineModule(AlignModule):
     ) -> None:
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        for name, value in (
-            ("iterations", iterations),
-            ("num_epochs", num_epochs),
-            ("num_mini_batches", num_mini_batches),
-            ("micro_batch_size", micro_batch_size),
-        ):
-            if value < 1:
-                raise UserError(f"model.{name} is {value}: give at least 1")
-        if eval_every < 0:
-            raise UserError(f"model.eval_every is {eval_every}: give a number of iterations, or 0 for never")
+        check_options(
+            "model",
+            ("iterations", iterations, iterations >= 1, "at least 1"),
+            ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1, "at least 1"),
+            ("num_epochs", num_epochs, num_epochs >= 1, "at least 1"),
+            ("num_mini_batches", num_mini_batches, num_mini_batches >= 1, "at least 1"),
+            ("micro_batch_size", micro_batch_size, micro_batch_size >= 1, "at least 1"),
+            ("eval_every", eval_every, eval_every >= 0, "a number of iterations, or 0 for never"),
+            ("stop_at_kl", stop_at_kl, stop_at_kl is None or stop_at_kl > 0, "a KL above 0 in nats, or null"),
+        )
         for spec in (reward, gold):
             if spec is not None:
                 parse_reward(spec)  # a mistake is said before anything is loaded
@@ -185,6 +187,7 @@ class OnlineModule(AlignModule):
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
         assert isinstance(self.model, PreTrainedModel)
+        self.frozen.reference.to(self.model.dtype)  # trainer.precision may have converted the policy
         self.sampler: Engine = build_engine(self.engine_name, self.model, self.tokenizer)
 
     def on_fit_start(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_align.data.datamodules import TextDataModule
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, check_options
 from lightning_align.losses.advantages import gae, scored_mask, shaped_rewards
 from lightning_align.losses.kl import kl_estimate, sequence_kl
 from lightning_align.losses.kl_control import AdaptiveKL, FixedKL
@@ -108,6 +108,26 @@ class PPOModule(OnlineModule):
         ptx_batch_size: int = 8,
         **kwargs: Any,
     ) -> None:
+        check_options(
+            "model",
+            ("value_lr", value_lr, value_lr is None or 0 <= value_lr < float("inf"), "0 or more"),
+            ("num_ppo_epochs", num_ppo_epochs, num_ppo_epochs >= 1, "at least 1"),
+            ("kl_coef", kl_coef, kl_coef >= 0, "0 or more"),
+            ("kl_coef", kl_coef, kl_coef > 0 or kl_control == "fixed", "more than 0, or kl_control fixed"),
+            ("kl_target", kl_target, kl_target > 0, "a KL above 0 in nats"),
+            ("kl_horizon", kl_horizon, kl_horizon >= 1, "at least 1 episode"),
+            ("cliprange", cliprange, cliprange > 0, "a number above 0"),
+            ("cliprange_value", cliprange_value, cliprange_value > 0, "a number above 0"),
+            ("dual_clip", dual_clip, dual_clip == 0 or dual_clip > 1 + cliprange, f"0, or more than {1 + cliprange}"),
+            ("vf_coef", vf_coef, vf_coef >= 0, "0 or more"),
+            ("entropy_coef", entropy_coef, entropy_coef >= 0, "0 or more"),
+            ("gamma", gamma, 0 <= gamma <= 1, "a number from 0 to 1"),
+            ("lam", lam, 0 <= lam <= 1, "a number from 0 to 1"),
+            ("score_clip", score_clip, score_clip >= 0, "a number above 0, or 0 for no clipping"),
+            ("target_kl_update", target_kl_update, target_kl_update is None or target_kl_update > 0, "a KL above 0"),
+            ("ptx_coef", ptx_coef, ptx_coef >= 0, "0 or more"),
+            ("ptx_batch_size", ptx_batch_size, ptx_batch_size >= 1, "at least 1"),
+        )
         super().__init__(
             learning_rate=learning_rate,
             adam_epsilon=adam_epsilon,
@@ -125,8 +145,6 @@ class PPOModule(OnlineModule):
             )
         if (ptx_coef > 0) != (ptx_path is not None):
             raise UserError("model.ptx_coef and model.ptx_path belong together: give both, the weight above 0, or none")
-        if dual_clip and dual_clip <= 1 + cliprange:
-            raise UserError(f"model.dual_clip is {dual_clip}: it must exceed 1 + model.cliprange, {1 + cliprange}")
         if self.sampling.truncates:
             warnings.warn(
                 "model.top_k, top_p or min_p cut the distribution that is sampled from, while PPO's ratios are of the "

@@ -41,7 +41,9 @@ class PretrainModule(LanguageModelModule):
         """Also nats and bytes of text, which compare models with different vocabularies."""
         _, sums = self.loss(batch)
         nats, _ = sums["loss"]
-        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        texts = self.tokenizer.batch_decode([ids[mask] for ids, mask in rows], skip_special_tokens=True)
+        rows = zip(batch["input_ids"], batch["document_ids"], strict=True)
+        # each by itself: a tokenizer may put something between the documents of a row
+        documents = [ids[inside == number] for ids, inside in rows for number in range(int(inside.max()) + 1)]
+        texts = self.tokenizer.batch_decode(documents, skip_special_tokens=True)
         sums["bits_per_byte"] = (nats / math.log(2), nats.new_tensor(sum(len(text.encode()) for text in texts)))
         self.add_eval_sums(sums)

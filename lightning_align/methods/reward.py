@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from lightning_align.errors import UserError
+from lightning_align.errors import check_options
 from lightning_align.losses.masked import Metrics
 from lightning_align.losses.reward_metrics import calibration_metrics, pair_metrics
 from lightning_align.losses.reward_model import preference_loss
@@ -36,6 +36,7 @@ class RewardModule(AlignModule):
     """
 
     model: RewardModel
+    kinds = ("preference",)
     trained_roles = ("reward",)
 
     def __init__(
@@ -47,10 +48,12 @@ class RewardModule(AlignModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        if not 0 <= label_smoothing < 0.5:
-            raise UserError(f"model.label_smoothing is {label_smoothing}: give a probability from 0 to below 0.5")
-        if center_rewards_coefficient < 0:
-            raise UserError(f"model.center_rewards_coefficient is {center_rewards_coefficient}: it cannot be negative")
+        centre = center_rewards_coefficient
+        check_options(
+            "model",
+            ("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "a probability from 0 to below 0.5"),
+            ("center_rewards_coefficient", centre, centre >= 0, "0 or more"),
+        )
         self.label_smoothing = label_smoothing
         self.center_rewards_coefficient = center_rewards_coefficient
         self._eval_pairs: list[dict[str, Tensor]] = []
@@ -82,7 +85,9 @@ class RewardModule(AlignModule):
             label_smoothing=self.label_smoothing,
             center_coef=self.center_rewards_coefficient,
         )
-        sums["num_tokens"] = (batch["attention_mask"].sum(), loss.new_ones(()))
+        # the stand-in for an empty batch (a process with nothing to do) weighs nothing
+        real = (batch["pair_weight"] > 0).any()
+        sums["num_tokens"] = (batch["attention_mask"].sum() * real, loss.new_ones(()))
         return loss, sums
 
     # ------------------------------------------------------------------ evaluation

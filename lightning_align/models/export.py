@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_align.errors import UserError
 from lightning_align.models.loading import quiet_transformers
 
 
@@ -21,8 +22,11 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         folder: Where to write; parents are made.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write the model to {folder}: {error.strerror}") from error
     try:
         temporary.chmod(0o755)  # mkdtemp's is private
         _set_special_tokens(model, tokenizer)

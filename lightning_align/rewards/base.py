@@ -7,8 +7,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_align.errors import UserError
+
 # A prompt or a conversation, as it stands in the record.
 Prompt = str | list[dict[str, str]]
+
+
+PATIENCE = 64  # completions in a row without any score before a reward is taken to be broken
 
 
 class Scorer(Protocol):
@@ -68,6 +73,7 @@ class Reward:
             raise ValueError(f"reward parts {names} all have weight 0: at least one must count")
         self.parts = tuple(parts)
         self.device = torch.device("cpu")
+        self._unscored: int | None = 0  # completions so far, as long as none of them got a score
 
     def to(self, device: torch.device) -> None:
         """Score on ``device`` from now on; scores are returned there."""
@@ -92,8 +98,22 @@ class Reward:
                     f"part {part.name} gave scores of shape {tuple(scores.shape)} for {len(completions)} texts"
                 )
             values[part.name] = scores.detach().float().to(self.device)
-        weights = {part.name: part.weight for part in self.parts}
-        return Scores(combine(values, weights), values)
+        total = combine(values, {part.name: part.weight for part in self.parts})
+        self._check_some(total)
+        return Scores(total, values)
+
+    def _check_some(self, total: Tensor) -> None:
+        """A part may apply to few completions; a reward that never does would let a run learn nothing in silence."""
+        if self._unscored is None or not total.isnan().all():
+            self._unscored = None
+            return
+        self._unscored += len(total)
+        if self._unscored >= PATIENCE:
+            sources = ", ".join(part.source for part in self.parts if part.weight)
+            raise UserError(
+                f"reward {sources} gave none of the first {self._unscored} completions a finite number: there is "
+                "nothing to learn from"
+            )
 
 
 def combine(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

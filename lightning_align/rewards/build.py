@@ -104,7 +104,7 @@ def _scorer(part: PartSpec) -> Scorer:
                 return PlaygroundReward(known)
         raise UserError(f"reward {part.source} is unknown: the playground has {', '.join(get_args(Aspect))}")
     if part.kind == "function":
-        return FunctionReward(load_function(part.source), part.name)
+        return FunctionReward(load_function(part.source), part.source)
     # only here: loading transformers takes seconds that functions and the playground do not need
     from lightning_align.rewards.learned import LearnedReward
 

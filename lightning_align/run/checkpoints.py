@@ -98,8 +98,13 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
             self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say in ``run.json`` how it ended. Nothing is saved: the step was only half done."""
+        """Say in ``run.json`` how it ended. Nothing is saved: the step was only half done.
+
+        A mistake of the user's that came to light before there was anything to keep leaves no directory behind.
+        """
         self.stop.defer(False)
+        if isinstance(exception, UserError) and self.run.discard():
+            return
         if self.run.opened:
             stopped = isinstance(exception, Interrupted)
             error = None if stopped else f"{type(exception).__name__}: {exception}"
@@ -130,14 +135,14 @@ def check_checkpoint(path: Path) -> None:
     """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):  # the index stands at the end
+        raise UserError(f"{path} is not a whole checkpoint: it is cut off, or something else; give another one")
     try:
-        # mmap reads the index only; a cut file has lost it, for it stands at the end
+        # mmap reads the index only
         content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is not a whole checkpoint ({reason}): use another one or --overwrite the run"
-        ) from error
+        raise UserError(f"{path} is not a whole checkpoint ({reason}): give another one") from error
     missing = (
         {"state_dict", "loops", "callbacks", "method"} - set(content) if isinstance(content, dict) else {"state_dict"}
     )

@@ -39,12 +39,13 @@ class RunDirectory:
     """
 
     def __init__(self, root: Path, name: str, *, resume: bool = False, overwrite: bool = False) -> None:
-        if not name or name in (".", "..") or Path(name).is_absolute():
+        if name in ("", ".") or ".." in Path(name).parts or Path(name).is_absolute():
             raise UserError(f"run.name is '{name}': give a folder name, relative to run.root")
         self.path = root / name
         self.resume = resume
         self.overwrite = overwrite
         self._facts: dict[str, Any] = {}
+        self._made: list[Path] = []  # the folders above it that :meth:`open` made, innermost first
         self._started = time.monotonic()
         self._earlier_seconds = 0.0
 
@@ -85,6 +86,7 @@ class RunDirectory:
 
     def open(self, config: str, *, seed: int, parents: list[dict[str, Any]]) -> None:
         """Create the directory (or reopen it), write ``config.yaml`` and mark the run as running."""
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         try:
             if self.overwrite and self.path.exists():
                 shutil.rmtree(self.path)
@@ -108,6 +110,19 @@ class RunDirectory:
             "hardware": hardware(),
         }
         self.update()
+
+    def discard(self) -> bool:
+        """Remove a new directory that holds nothing but what :meth:`open` wrote; returns whether it did."""
+        if not self.opened or self.resume or any((self.path / CHECKPOINTS).iterdir()):
+            return False
+        if {child.name for child in self.path.iterdir()} != {CONFIG_FILE, STATUS_FILE, CHECKPOINTS}:
+            return False
+        shutil.rmtree(self.path)
+        for parent in self._made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        self._facts = {}
+        return True
 
     def update(self, **facts: Any) -> None:
         """Add ``facts`` to ``run.json``, with the time spent so far."""

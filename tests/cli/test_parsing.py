@@ -67,7 +67,7 @@ CASES = {
         [*GOOD, "--model.kl_coeff=1"],
         "unknown option model.kl_coeff of RankModule; did you mean 'kl_coef'?",
     ),
-    "type": ([*GOOD, "--model.kl_coef", "lots"], "model.kl_coef: Expected a float. Got value: lots"),
+    "type": ([*GOOD, "--model.kl_coef", "lots"], "model.kl_coef is lots: give a number"),
     "missing": (["--model", "RankModule", "--data", "RankDataModule", "--data.path=p"], "RankModule needs model.model"),
     "trainer": (
         [*GOOD, "--trainer.max_step", "3"],

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_align.cli import fit
 from lightning_align.cli.main import run
 from lightning_align.methods.base import AlignModule
+from lightning_align.methods.online import OnlineModule
 from lightning_align.playground import records
 
 ARCHITECTURE = """
@@ -31,6 +32,27 @@ max_position_embeddings: 96
 tie_word_embeddings: true
 tokenizer: {train: {vocab_size: 512, algorithm: words}}
 """
+# reward functions, as a user writes them
+REWARDS = '''
+def length(completions, **columns):
+    return [float(len(text.split())) for text in completions]
+
+def commas(completions, **columns):
+    return [float(text.split().count(",")) for text in completions]
+
+def long_prompts_only(prompts, completions, **columns):
+    return [float(len(text.split())) if len(prompt) > 57 else None for prompt, text in zip(prompts, completions)]
+
+def nothing(completions, **columns):
+    return [None] * len(completions)
+
+def first_letter(completions, **columns):
+    return [float(text.strip() == "a") for text in completions]
+
+def turns(prompts, completions, **columns):
+    assert all(prompt[-1]["role"] == "user" for prompt in prompts)
+    return [float(len(answer["content"])) for (answer,) in completions]
+'''
 # seventeen records in batches of eight: the last window of an epoch has one
 SIZES = {"text": 17, "sft": 17, "preference": 17, "prompt": 12}
 ALWAYS = {
@@ -109,6 +131,7 @@ class World:
         self.driver: subprocess.Popen[str] | None = None
         self.runs = 0
         (root / "model.yaml").write_text(ARCHITECTURE)
+        (root / "rewards.py").write_text(REWARDS)
         for kind, size in SIZES.items():
             self.write(f"{kind}.jsonl", weighted(records(kind, size=size)))
             self.write(f"{kind}_val.jsonl", records(kind, split="val", size=5))
@@ -193,6 +216,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert world.driver.stdin is not None
         world.driver.stdin.close()
         world.driver.wait(timeout=30)
+
+
+@pytest.fixture
+def ppo_options() -> dict[str, Any]:
+    """A run of three iterations of PPO against the learned reward."""
+    return {
+        **{"model": "PPOModule", "model.model": "@sft", "model.reward": "@reward", "model.gold": "playground"},
+        **{"model.learning_rate": 3e-3, "model.iterations": 3, "model.max_new_tokens": 8, "model.eval_every": 0},
+        **{"data": "PromptDataModule", "data.path": "@prompt.jsonl", "data.val_path": "@prompt_val.jsonl"},
+        **{"data.batch_size": 8},
+    }
+
+
+@pytest.fixture
+def experiences(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What every online iteration in this process learns from, as it happens."""
+    seen: list[Any] = []
+    learn = OnlineModule.learn
+
+    def watched(self: OnlineModule, experience: Any) -> dict[str, float]:
+        seen.append(experience)
+        return learn(self, experience)
+
+    monkeypatch.setattr(OnlineModule, "learn", watched)
+    return seen
 
 
 @pytest.fixture(scope="session")

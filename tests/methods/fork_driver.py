@@ -7,6 +7,7 @@ sent one after another from when the file ``when`` exists). The answer has ``cod
 ended the first rank) and ``seconds``.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -34,7 +35,7 @@ from lightning_align.run.checkpoints import RunCheckpoints
 from lightning_align.run.resume import RandomState
 
 fit.import_methods()
-LIMIT = 120.0  # seconds until a child is taken for hung
+LIMIT = 60.0  # seconds until a child is taken for hung
 
 
 # ------------------------------------------------------------------------------ wrong variants that a test must notice
@@ -137,6 +138,7 @@ def stop_at(step: int) -> None:
 def child(request: Mapping[str, Any], rank: int, environment: Mapping[str, str]) -> None:
     """The command line in this process, which ends with its exit code."""
     code = 1
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
@@ -184,6 +186,9 @@ def serve(request: Mapping[str, Any]) -> dict[str, Any]:
         left = [number for number in running if number not in codes]
         if time.monotonic() - started >= limit:
             for number in left:
+                if "kill_after" not in request:
+                    os.kill(number, signal.SIGUSR1)  # where it hangs, for the log
+                    time.sleep(0.5)
                 os.kill(number, signal.SIGKILL)
         elif signals and running[0] in left and Path(request["when"]).exists():
             os.kill(running[0], signals.pop(0))

@@ -27,6 +27,11 @@ from transformers import (
 Records = Sequence[Mapping[str, Any]]
 Gradients = dict[str, Tensor]
 NO_LIMIT = 1e9  # of the gradient's norm
+# Arguments of TRL's trainers: nothing but the loss, on the CPU; the norm is logged only where there is a limit
+PLAIN = {
+    **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": []},
+    **{"max_grad_norm": NO_LIMIT, "logging_steps": 1, "disable_tqdm": True},
+}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 DIFFERENCES = pytest.StashKey[dict[str, float]]()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -50,13 +55,13 @@ DEMONSTRATIONS = [
 
 # ---------------------------------------------------------------------- what is compared
 def difference(ours: Any, theirs: Any) -> float:
-    """Largest absolute difference of two numbers, tensors, or mappings of these."""
+    """Largest difference of two numbers, tensors, or mappings of these: absolute, or relative to what exceeds 1."""
     if isinstance(ours, Mapping):
         assert ours.keys() == theirs.keys()
         return max(difference(value, theirs[name]) for name, value in ours.items())
-    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    ours, theirs = (torch.as_tensor(values, dtype=torch.float64) for values in (ours, theirs))
     assert ours.shape == theirs.shape
-    return float((ours - theirs).abs().max())
+    return float(((ours - theirs).abs() / theirs.abs().clamp(min=1)).max())
 
 
 @pytest.fixture
@@ -65,7 +70,8 @@ def agree(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def check(what: str, ours: Any, theirs: Any, dtype: torch.dtype) -> None:
         found = difference(ours, theirs)
-        name = f"{request.node.name.partition('[')[0]}: {what}, {str(dtype).removeprefix('torch.')}"
+        test = f"{request.path.stem}::{request.node.name.partition('[')[0]}"
+        name = f"{test}: {what}, {str(dtype).removeprefix('torch.')}"
         table = request.config.stash.setdefault(DIFFERENCES, {})
         table[name] = max(found, table.get(name, 0.0))
         assert found <= TOLERANCE[dtype], f"{what}: off by {found:.2g}"
@@ -90,27 +96,18 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 # ---------------------------------------------------------------------- a tiny world
 def make_tokenizer(end_of_turn: str = "") -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ChatML, ``end_of_turn`` behind every turn; EOS is the turn's end, as for Qwen."""
+    """BPE of few tokens with ChatML, ``end_of_turn`` behind every turn; EOS is the turn's end, as for Qwen."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    core.train_from_iterator([row["prompt"] + row["completion"] for row in DEMONSTRATIONS] * 4, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=SPECIAL, show_progress=False)
+    texts = [row["prompt"] + row["completion"] for row in DEMONSTRATIONS]
+    core.train_from_iterator([*texts, "user\nassistant"], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
     )
     tokenizer.chat_template = CHATML.replace("BREAK", repr(end_of_turn))
     return tokenizer
-
-
-def scattered(network: PreTrainedModel) -> PreTrainedModel:
-    """Far enough from its initial values that no gradient is small by chance."""
-    for parameter in network.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return network
 
 
 @pytest.fixture(scope="session")
@@ -127,30 +124,29 @@ def with_breaks() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A folder with a language model ``policy``, another ``older``, and a reward model ``reward``, in float32."""
+    """A folder with a language model ``policy`` and a reward model ``reward``, random and in float32."""
     root = tmp_path_factory.mktemp("parity")
     config = AutoConfig.for_model(
-        "llama",
+        "gpt_neox",  # keeps float64 throughout, where Llama's norm goes through float32
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
-        tie_word_embeddings=True,  # the likeliest token is then often the one before: some hits, and many misses
+        tie_word_embeddings=True,  # the likeliest token is then often the one before: some hits, many misses
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         num_labels=1,
     )
-    makers = {
-        "policy": AutoModelForCausalLM,
-        "reward": AutoModelForSequenceClassification,
-    }
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        for name, auto_class in makers.items():
-            scattered(auto_class.from_config(config)).save_pretrained(root / name)
+        for name, auto_class in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
+            network = auto_class.from_config(config)
+            for parameter in network.parameters():  # or gradients are small, and all tokens equally likely
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+            network.get_input_embeddings().weight.data.mul_(3)
+            network.save_pretrained(root / name)
             tokenizer.save_pretrained(root / name)
     return root
 
@@ -218,27 +214,51 @@ class Trained:
     gradients: list[Gradients]
 
 
+@pytest.fixture(scope="session")
+def plain_arguments() -> dict[str, Any]:
+    """Of every trainer of TRL."""
+    return PLAIN
+
+
+@pytest.fixture(scope="session")
+def recorder() -> type[Recorder]:
+    """The class."""
+    return Recorder
+
+
+@pytest.fixture
+def logs() -> Logs:
+    """Without rows so far."""
+    return Logs()
+
+
+@pytest.fixture
+def quiet_trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """``quiet_trainer(**options)``: Lightning's, which writes nothing."""
+
+    def make(**options: Any) -> L.Trainer:
+        off = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return L.Trainer(
+            accelerator="cpu", logger=False, log_every_n_steps=1, default_root_dir=tmp_path, **off, **options
+        )
+
+    return make
+
+
 @pytest.fixture
 def make_theirs(tmp_path: Path) -> Callable[..., Any]:
-    """``make_theirs(trainer_class, config_class, network, tokenizer, records, **options)``: a trainer of TRL."""
+    """``make_theirs((trainer_class, config_class), network, tokenizer, records, **options)``: a trainer of TRL."""
 
     def make(
-        trainer_class: Any,
-        config_class: Any,
-        network: PreTrainedModel,
-        tokenizer: Any,
-        records: Records,
-        **options: Any,
+        classes: tuple[Any, Any], network: PreTrainedModel, tokenizer: Any, records: Records, **options: Any
     ) -> Any:
         from datasets import Dataset
 
-        plain = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": []}
-        # the norm is logged only where there is a limit; this one is never reached
-        shown = {"max_grad_norm": NO_LIMIT, "logging_steps": 1, "disable_tqdm": True}
-        in_order = {"train_sampling_strategy": "sequential"}
+        trainer_class, config_class = classes
+        arguments = config_class(str(tmp_path / "trl"), train_sampling_strategy="sequential", **PLAIN, **options)
         return trainer_class(
             model=network,
-            args=config_class(str(tmp_path / "trl"), use_cpu=True, **plain, **shown, **in_order, **options),
+            args=arguments,
             train_dataset=Dataset.from_list([dict(row) for row in records]),
             processing_class=copy.deepcopy(tokenizer),
             optimizers=Recorder(network).with_schedule(),
@@ -252,8 +272,8 @@ def make_theirs(tmp_path: Path) -> Callable[..., Any]:
 def train_theirs(make_theirs: Callable[..., Any]) -> Callable[..., Trained]:
     """The same, and it trains a copy of the network, which does not move."""
 
-    def train(trainer_class: Any, config_class: Any, network: PreTrainedModel, *data: Any, **options: Any) -> Trained:
-        trainer = make_theirs(trainer_class, config_class, copy.deepcopy(network), *data, **options)
+    def train(classes: tuple[Any, Any], network: PreTrainedModel, *data: Any, **options: Any) -> Trained:
+        trainer = make_theirs(classes, copy.deepcopy(network), *data, **options)
         recorder = trainer.optimizer
         trainer.train()
         (logs,) = (found for found in trainer.callback_handler.callbacks if isinstance(found, Logs))
@@ -263,10 +283,10 @@ def train_theirs(make_theirs: Callable[..., Any]) -> Callable[..., Trained]:
 
 
 @pytest.fixture
-def train_ours(tmp_path: Path) -> Callable[..., Trained]:
+def train_ours(quiet_trainer: Callable[..., L.Trainer]) -> Callable[..., Trained]:
     """``train_ours(module_class, network_of, start, settings, datamodule, **trainer_options)``: without moving it.
 
-    ``start`` has the weights, as large a dtype as is wanted, and a name.
+    ``start`` is a network as it was loaded, in the wanted dtype.
     """
 
     def train(
@@ -290,9 +310,7 @@ def train_ours(tmp_path: Path) -> Callable[..., Trained]:
             def report(self, metrics: Mapping[str, float], *, step: int) -> None:
                 rows.append(dict(metrics))
 
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        shown = {"logger": False, "log_every_n_steps": 1, "default_root_dir": tmp_path}
-        trainer = L.Trainer(accelerator="cpu", **quiet, **shown, **options)
+        trainer = quiet_trainer(**options)
         trainer.fit(Recorded(model=start.name_or_path, max_grad_norm=NO_LIMIT, **settings), datamodule=datamodule)
         return Trained(rows, trainer.optimizers[0].steps)  # type: ignore[attr-defined]
 

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightning_align.data.datamodules import SFTDataModule
-from lightning_align.data.encode import Encoded, encode_messages, encode_pair, encode_texts
+from lightning_align.data.encode import encode_messages, encode_pair, encode_texts
 from lightning_align.methods.sft import SFTModule
 from lightning_align.models.linear_stats import logits_row_stats
 
 trl = pytest.importorskip("trl", reason="make test-parity installs TRL")
 
+TRL = (trl.SFTTrainer, trl.SFTConfig)
 Records = Sequence[Mapping[str, Any]]
 DIALOGUE = [
     {"role": "user", "content": "list three animals"},
@@ -33,26 +34,21 @@ def prepared(world: Path, make_theirs: Callable[..., Any]) -> Callable[..., tupl
         tokenizer: PreTrainedTokenizerFast, record: Mapping[str, Any], **options: Any
     ) -> tuple[list[int], list[bool]]:
         network = AutoModelForCausalLM.from_pretrained(world / "policy")
-        (row,) = make_theirs(trl.SFTTrainer, trl.SFTConfig, network, tokenizer, [record], **options).train_dataset
+        (row,) = make_theirs(TRL, network, tokenizer, [record], **options).train_dataset
         return row["input_ids"], [label != -100 for label in row["labels"]]
 
     return prepare
 
 
-def encoded_like(encoded: Encoded) -> tuple[list[int], list[bool]]:
-    """Ids and loss mask."""
-    return encoded.input_ids, encoded.loss_mask
-
-
 def test_ids_and_loss_mask_of_each_record_kind(
     tokenizer: PreTrainedTokenizerFast, demonstrations: Records, prepared: Callable[..., Any]
 ) -> None:
-    plain = demonstrations[0]
-    assert encoded_like(encode_pair(tokenizer, plain["prompt"], plain["completion"])) == prepared(tokenizer, plain)
-    chat = {"prompt": DIALOGUE[:3], "completion": DIALOGUE[3:]}
-    assert encoded_like(encode_pair(tokenizer, chat["prompt"], chat["completion"])) == prepared(tokenizer, chat)
-    dialogue = prepared(tokenizer, {"messages": DIALOGUE}, assistant_only_loss=True)
-    assert encoded_like(encode_messages(tokenizer, DIALOGUE)) == dialogue
+    for record in (demonstrations[0], {"prompt": DIALOGUE[:3], "completion": DIALOGUE[3:]}):
+        ours = encode_pair(tokenizer, record["prompt"], record["completion"])
+        assert (ours.input_ids, ours.loss_mask) == prepared(tokenizer, record)
+    ours = encode_messages(tokenizer, DIALOGUE)
+    theirs = prepared(tokenizer, {"messages": DIALOGUE}, assistant_only_loss=True)
+    assert (ours.input_ids, ours.loss_mask) == theirs
     (text,) = encode_texts(tokenizer, ["the sun is hot"])
     assert (text, [True] * len(text)) == prepared(tokenizer, {"text": "the sun is hot"})
 
@@ -74,7 +70,7 @@ def test_a_prompt_keeps_the_ids_that_sampling_gives_it(
     tokenizer: PreTrainedTokenizerFast, prepared: Callable[..., Any]
 ) -> None:
     """Where a token would lie across prompt and completion, TRL learns it whole, after a prompt that no sample has."""
-    prompt, completion = "list three anim", "als"
+    prompt, completion = "say ra", "in"
     head, joint = (tokenizer(text)["input_ids"] for text in (prompt, prompt + completion + "<|im_end|>"))
     assert joint[: len(head)] != head, "the record must have such a token"
     ours = encode_pair(tokenizer, prompt, completion)
@@ -103,7 +99,7 @@ def train_both(
 
     def train(records: Records, batch_size: int, accumulate: int, steps: int) -> tuple[Any, Any]:
         sizes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate}
-        theirs = train_theirs(trl.SFTTrainer, trl.SFTConfig, network, tokenizer, records, max_steps=steps, **sizes)
+        theirs = train_theirs(TRL, network, tokenizer, records, max_steps=steps, **sizes)
         data = SFTDataModule(
             path=write(records), batch_size=batch_size, val_fraction=0.0, shuffle=False, cache_dir=None
         )
