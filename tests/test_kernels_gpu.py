@@ -115,7 +115,7 @@ RUNS: dict[str, Callable[[str, int, torch.dtype], list[Tensor]]] = {
     "gae": run_gae,
     "shaped_advantages": run_shaped_advantages,
 }
-every_operation = pytest.mark.parametrize("op", list(RUNS))
+every_operation = pytest.mark.parametrize("op", [op for op in RUNS if op in K.__all__])
 
 
 # ------------------------------------------------------------------ correct

@@ -9,7 +9,7 @@ from torch import Tensor
 from align_kernels import _checks, gemm
 
 MIB = 2**20
-# Logits at a time: about a last-level cache, or enough to fill a GPU; on a CPU at least as many rows as fill a product.
+# Logits at a time: enough to fill a product of matrices; on a CPU at least so many rows.
 CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 256 * MIB}
 LEAST_CHUNK_ROWS = 128
 MOST_KEPT_ON_CPU = 1024 * MIB
@@ -52,8 +52,7 @@ def chunk_rows(chunk_bytes: int | None, vocabulary: int, like: Tensor) -> int:
         return max(1, chunk_bytes // (vocabulary * itemsize))
     if like.device.type == "cuda":
         return max(1, CHUNK_BYTES["cuda"] // (vocabulary * itemsize))
-    # a narrow chunk is widened: the copy is what has to fit the cache
-    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES["cpu"] // (vocabulary * max(itemsize, 4)))
+    return max(LEAST_CHUNK_ROWS, CHUNK_BYTES["cpu"] // (vocabulary * itemsize))
 
 
 def _memory_to_keep(device: torch.device) -> int:

@@ -19,8 +19,8 @@ from align_kernels.shards import Shard, merge, sum_over_shards
 class Rows(Protocol):
     """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`.
 
-    ``by_probabilities``: the gradient is made from probabilities, by :func:`from_probabilities`. ``in_place``: backward
-    overwrites the logits with their gradient.
+    ``by_probabilities``: the gradient is made from probabilities, by :func:`from_probabilities`. ``in_place``: kept
+    logits are overwritten with their gradient, so that backward runs once only.
     """
 
     wanted: Wanted
@@ -41,6 +41,7 @@ class Rows(Protocol):
 
     def backward(
         self,
+        out: Tensor,
         x: Tensor,
         labels: Tensor,
         stats: RowStats,
@@ -48,7 +49,7 @@ class Rows(Protocol):
         ref_x: Tensor | None = None,
         *,
         owned: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ def forward(
     for part in layer.parts():
         x = layer.logits_into(kept[part] if keep else buffer, part)
         ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
-        found.append(
-            rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=keep and rows.by_probabilities)
-        )
+        found.append(rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=probabilities))
     stats = joined(found, rows.wanted, layer.hidden)
     if shard is None:
         columns = Columns(stats, only(stats.logp, inside), index, inside, inside)
@@ -129,7 +128,8 @@ def backward(
     free = grads.lse is None if rows.by_probabilities else rows.in_place and grads.kl is None
     at_once = kept is not None and free and len(layer) > 0
     size = min(layer.chunk, len(layer))
-    buffer = layer.empty_logits(0 if kept is not None else size)
+    spare = kept is None or not (rows.by_probabilities or rows.in_place)
+    buffer = layer.empty_logits(size if spare else 0)
     ref_buffer = reference.empty_logits(size) if reference is not None and grads.kl is not None else None
     parts = [slice(0, len(layer))] if at_once else layer.parts()
     total = LayerGrads.zeros(layer, needs, accum_dtype, sums=len(parts))
@@ -143,8 +143,10 @@ def backward(
             total.add(layer, part, *from_probabilities(x, index, upstream, rows.wanted.temperature))
         else:
             ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
-            owned = None if shard is None else columns.inside[part]
-            total.add(layer, part, rows.backward(x, index, stats, upstream, ref_x, owned=owned).to(layer.dtype))
+            owned = None if shard is None or columns.inside is None else columns.inside[part]
+            out = buffer[: len(x)] if spare else x
+            rows.backward(out, x, index, stats, upstream, ref_x, owned=owned)
+            total.add(layer, part, out)
     if shard is not None and total.hidden is not None:
         total.hidden = sum_over_shards(total.hidden, shard.group)
     return total.rounded(layer)

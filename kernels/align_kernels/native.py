@@ -11,8 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from align_kernels._labels import chunks
+
 # p·log p is 0 in float32 and float64 below this log p; unlike −inf, it can be multiplied by p = 0.
 LEAST_LOG_P = -1e4
+CACHE_BYTES = 8 * 2**20
 
 
 class Wanted(NamedTuple):
@@ -125,11 +128,20 @@ class NativeRows:
 
         With ``overwrite``, ``x`` holds nothing of use afterwards; with ``probabilities``, it holds probabilities.
         """
-        wanted = self.wanted
         if not x.shape[1]:
             zero = x.new_zeros(len(x), dtype=statistics_dtype(x.dtype))
-            return _of_nothing(wanted, zero, zero - torch.inf)
+            return _of_nothing(self.wanted, zero, zero - torch.inf)
         overwrite = overwrite or probabilities
+        found = [
+            self._forward(x[part], labels[part], None if ref_x is None else ref_x[part], overwrite, probabilities)
+            for part in self._passes(x)
+        ]
+        return joined(found, self.wanted, x)
+
+    def _forward(
+        self, x: Tensor, labels: Tensor, ref_x: Tensor | None, overwrite: bool, probabilities: bool
+    ) -> RowStats:
+        wanted = self.wanted
         z = self._transformed(x, wanted.temperature, wanted.softcap, "z", overwrite)
         column = labels[:, None]
         picked = z.gather(1, column)[:, 0]
@@ -155,11 +167,13 @@ class NativeRows:
         return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
 
     def probabilities_(self, x: Tensor) -> None:
-        """Overwrites logits with their probabilities, once their statistics are known."""
-        z = self._transformed(x, self.wanted.temperature, self.wanted.softcap, "z", True)
-        torch.softmax(z, 1, out=z)
-        if z is not x:
-            x.copy_(z)
+        """Overwrites logits with their probabilities."""
+        for part in self._passes(x):
+            rows = x[part]
+            z = self._transformed(rows, self.wanted.temperature, self.wanted.softcap, "z", True)
+            torch.softmax(z, 1, out=z)
+            if z is not rows:
+                rows.copy_(z)
 
     def _expectations(self, log_p: Tensor, ref_x: Tensor | None, stats: RowStats) -> RowStats:
         """Adds entropy and KL; overwrites ``log_p``."""
@@ -179,6 +193,7 @@ class NativeRows:
     # ------------------------------------------------------------------ backward
     def backward(
         self,
+        out: Tensor,
         x: Tensor,
         labels: Tensor,
         stats: RowStats,
@@ -186,29 +201,50 @@ class NativeRows:
         ref_x: Tensor | None = None,
         *,
         owned: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient with respect to the logits ``x`` ``[n, V]``, in scratch memory of float32 or wider.
+    ) -> None:
+        """Writes the gradient with respect to the logits ``x`` ``[n, V]`` into ``out``, which may be ``x``.
 
         dz_j = g_lp·1[j = label] + p_j·(g_lse − g_lp − g_H·(log p_j + H) + g_kl·(log p_j − log q_j − KL)), then through
         temperature and soft-cap. The column of the label takes 1 − p from the log-prob: by subtraction it would be lost
         to rounding as p nears 1. Where ``owned`` is false the label is not one of these columns.
         """
-        if not x.shape[1]:
-            return x
-        z = self._transformed(x, self.wanted.temperature, self.wanted.softcap, "z")
-        log_p = torch.sub(z, stats.lse[:, None], out=self._buffer("z", x))
-        index = labels[:, None]
-        others = grads.others[:, None]
         at_label = label_gradient(stats.logp, grads, owned)
+        for part in self._passes(x) if x.shape[1] else []:
+            ref_rows = None if ref_x is None else ref_x[part]
+            self._backward(out[part], x[part], labels[part], stats.at(part), grads.at(part), ref_rows, at_label[part])
+
+    def _backward(
+        self,
+        out: Tensor,
+        x: Tensor,
+        labels: Tensor,
+        stats: RowStats,
+        grads: RowGrads,
+        ref_x: Tensor | None,
+        at_label: Tensor,
+    ) -> None:
+        wanted = self.wanted
+        slope = None
+        if wanted.softcap is not None:
+            slope = self._buffer("slope", x).copy_(x).mul_(1 / wanted.softcap).tanh_().square_().neg_().add_(1)
+        z = self._transformed(x, wanted.temperature, wanted.softcap, "z")
+        grad = out if out.dtype == statistics_dtype(out.dtype) else self._buffer("z", x)
+        log_p = torch.sub(z, stats.lse[:, None], out=grad)
+        column, others = labels[:, None], grads.others[:, None]
         if grads.entropy is None and grads.kl is None:
-            grad = log_p.exp_().mul_(others)
+            log_p.exp_().mul_(others)
         else:
             p = torch.exp(log_p, out=self._buffer("p", x))
             rest = self._rest(log_p, p, stats, grads, ref_x)
-            at_label += (rest.gather(1, index) * p.gather(1, index))[:, 0]
-            grad = rest.add_(others).mul_(p)
-        grad.scatter_(1, index, at_label[:, None])
-        return self._through_transform(grad, x)
+            at_label = at_label + (rest.gather(1, column) * p.gather(1, column))[:, 0]
+            torch.mul(rest.add_(others), p, out=grad)
+        grad.scatter_(1, column, at_label[:, None])
+        if slope is not None:
+            grad.mul_(slope)
+        if wanted.temperature != 1.0:
+            grad.mul_(1 / wanted.temperature)
+        if grad is not out:
+            out.copy_(grad)
 
     def _rest(self, log_p: Tensor, p: Tensor, stats: RowStats, grads: RowGrads, ref_x: Tensor | None) -> Tensor:
         """What entropy and KL multiply p_j with; overwrites ``log_p``."""
@@ -228,14 +264,12 @@ class NativeRows:
         assert rest is not None
         return rest
 
-    def _through_transform(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Back through temperature and soft-cap, in place."""
-        if self.wanted.softcap is not None:
-            slope = self._buffer("p", x).copy_(x).mul_(1 / self.wanted.softcap).tanh_().square_().neg_().add_(1)
-            grad.mul_(slope)
-        return grad if self.wanted.temperature == 1.0 else grad.mul_(1 / self.wanted.temperature)
-
     # ------------------------------------------------------------------ both
+    def _passes(self, x: Tensor) -> list[slice]:
+        """Rows that fit a cache in float32, since several passes go over them; on other devices all."""
+        fitting = CACHE_BYTES // (4 * x.shape[1]) if x.is_cpu else len(x)
+        return list(chunks(len(x), max(1, fitting)))
+
     def _transformed(
         self, x: Tensor, temperature: float, softcap: float | None, name: str, overwrite: bool = False
     ) -> Tensor:

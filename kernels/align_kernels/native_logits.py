@@ -1,19 +1,17 @@
-"""K1 from logits that exist, by the library: chunks of rows that fit a cache."""
+"""K1 from logits that exist, by the library."""
 
 from torch import Tensor
 
-from align_kernels._labels import chunks, locate, only, take
-from align_kernels.native import NativeRows, RowGrads, RowStats, Wanted, joined
-
-CACHE_BYTES = 4 * 2**20
-
-
-def _chunk_rows(logits: Tensor) -> int:
-    return max(1, CACHE_BYTES // (max(logits.shape[1], 1) * 4))
+from align_kernels._labels import locate, only
+from align_kernels.native import NativeRows, RowGrads, RowStats, Wanted
 
 
 def _counted(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.nonzero()[:, 0]
+
+
+def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values.index_select(0, rows)
 
 
 def forward(
@@ -22,11 +20,9 @@ def forward(
     """Log-probs of the labels ``[N]``, 0 where outside or masked, and the statistics of the rows, 0 where masked."""
     rows = _counted(mask)
     index, inside = locate(labels if rows is None else labels[rows], logits.shape[1], check=check)
-    passes, found = NativeRows(wanted), []
-    for part in chunks(len(index), _chunk_rows(logits)):
-        ref_x = None if ref_logits is None else take(ref_logits, rows, part)
-        found.append(passes.forward(take(logits, rows, part), index[part], ref_x, overwrite=rows is not None))
-    stats = joined(found, wanted, logits)
+    x, ref_x = (None if values is None else _chosen(values, rows) for values in (logits, ref_logits))
+    assert x is not None
+    stats = NativeRows(wanted).forward(x, index, ref_x, overwrite=rows is not None)
     logp = only(stats.logp, inside)
     if rows is None:
         return logp, stats
@@ -51,11 +47,9 @@ def backward(
     rows = _counted(mask)
     index, inside = locate(labels, logits.shape[1])
     grads = grads._replace(logp=only(grads.logp, inside))
-    passes = NativeRows(wanted)
-    for part in chunks(len(labels) if rows is None else len(rows), _chunk_rows(logits)):
-        chosen = part if rows is None else rows[part]
-        x = logits[chosen]
-        ref_x = None if ref_logits is None or grads.kl is None else ref_logits[chosen]
-        out[chosen] = passes.backward(x, index[chosen], stats.at(chosen), grads.at(chosen), ref_x).to(out.dtype)
-    if mask is not None:
-        out.masked_fill_(~mask[:, None], 0)
+    if rows is None:
+        NativeRows(wanted).backward(out, logits, index, stats, grads, ref_logits)
+        return
+    x, ref_x = _chosen(logits, rows), None if ref_logits is None or grads.kl is None else _chosen(ref_logits, rows)
+    NativeRows(wanted).backward(x, x, index[rows], stats.at(rows), grads.at(rows), ref_x)
+    out.zero_().index_copy_(0, rows, x)

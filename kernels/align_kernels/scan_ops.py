@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from align_kernels import scan_tensors
 from align_kernels._dispatch import _warn_once, choose
 from align_kernels.scan_checks import check_boundaries, check_layout, check_sequences, check_tokens, result_dtype
 
@@ -173,21 +174,9 @@ def shaped_advantages(
         *tensors, float(kl_coef), kl_estimator, clip, float(gamma), float(lam), chosen
     )
     if process_group is not None:
-        moments = _reduced(moments, process_group)
+        moments = scan_tensors.merge_over_ranks(moments, process_group)
     mean, var = finish(advantages, mask, moments, whiten, shift_mean, chosen).unbind()
     return Shaped(advantages, returns, rewards, kl_sum, mean, var)
-
-
-def _reduced(moments: Tensor, group: "ProcessGroup") -> Tensor:
-    """Moments ``[1, 3]`` of all ranks from those of this rank's sequences ``[S, 3]``: one collective, whatever S."""
-    from align_kernels.scan_tensors import merge
-
-    count, mean, squares = merge(moments.double())
-    total = torch.stack([count, count * mean, squares + count * mean * mean])
-    torch.distributed.all_reduce(total, group=group)
-    count, first, second = total
-    mean = first / count.clamp(min=1)
-    return torch.stack([count, mean, (second - count * mean * mean).clamp(min=0)])[None].to(moments.dtype)
 
 
 # ------------------------------------------------------------------ operators

@@ -1,12 +1,16 @@
 """Scan operations from tensor operations alone: no compiler, any device."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from align_kernels.scan_checks import result_dtype
 from align_kernels.scan_rows import Part, Steps, parts, scan
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 WHITEN_EPSILON = 1e-8
 SERIES_BELOW = 1e-3  # |d| under which e^−d − 1 + d is summed as a series
@@ -107,6 +111,16 @@ def merge(moments: Tensor) -> Tensor:
     total = count.sum()
     overall = (count * mean).sum() / total.clamp(min=1)
     return torch.stack([total, overall, (squares + count * (mean - overall) ** 2).sum()])
+
+
+def merge_over_ranks(moments: Tensor, group: "ProcessGroup") -> Tensor:
+    """:func:`merge` over the sequences of all ranks, ``[1, 3]``: one collective, which every rank must enter."""
+    count, mean, squares = merge(moments.double())
+    total = torch.stack([count, count * mean, squares + count * mean * mean])
+    torch.distributed.all_reduce(total, group=group)
+    count, first, second = total
+    mean = first / count.clamp(min=1)
+    return torch.stack([count, mean, (second - count * mean * mean).clamp(min=0)])[None].to(moments.dtype)
 
 
 def _token_kl(d: Tensor, estimator: str) -> Tensor:

@@ -21,6 +21,12 @@ from lightning_align.run.directory import CONFIG_FILE, RunDirectory
 from lightning_align.run.logging import WandbMode
 
 COMMAND_FLAGS = ("resume", "overwrite", "dry_run", "ckpt_path")  # they say what to do now, not what the run is
+DESCRIPTIONS = {
+    "fit": "Train one stage in a run directory.",
+    "validate": "Evaluate a model or a checkpoint on the validation split.",
+    "test": "Evaluate a model or a checkpoint on the test split.",
+    "export": "Write a checkpoint in Hugging Face format.",
+}
 SEEDS = 2**32  # what NumPy takes
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -154,7 +160,13 @@ def build(command: str, argv: list[str]) -> AlignCLI:
         trainer_defaults=TRAINER_DEFAULTS,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"lightning-align {command}"},
+        parser_kwargs={
+            **{"exit_on_error": False, "allow_abbrev": False, "prog": f"lightning-align {command}"},
+            "description": (
+                f"{DESCRIPTIONS[command]} Options of a class: --model.help CLASS, --data.help CLASS, with one of "
+                f"{', '.join([*leaves(AlignModule), *leaves(BaseDataModule)])}."
+            ),
+        },
         run=False,
         args=words,
     )

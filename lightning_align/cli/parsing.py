@@ -223,11 +223,14 @@ def _read_config(path: str) -> Any:
     if "\n" in path or not file.is_file():
         return None
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path} is no configuration: it must be a mapping, with keys model, data and so on")
+    return content
 
 
 def _classes(argv: Sequence[str], configs: Sequence[Any], bases: Mapping[str, type]) -> dict[str, type]:

@@ -44,7 +44,7 @@ class BaseDataModule(L.LightningDataModule):
         on_bad_record: Stop at a record that cannot be used, or skip and count it.
         on_overflow: What happens to records that are too long; they are counted whatever it is. ``truncate`` takes from
             the beginning of the prompt first, down to half of the length, then from the end of the completion.
-        playground: Options of the playground: ``{size: 1000, seed: 1}``.
+        playground: Options of the playground: ``{size: 1000, seed: 1}``; other sources have no use for them.
         shuffle: Whether every epoch has another order.
         cache_dir: Where tokenised data are kept: ``auto`` (the user's cache folder), a folder, or null for nowhere.
     """
@@ -76,8 +76,6 @@ class BaseDataModule(L.LightningDataModule):
                 raise UserError(f"data.{name} is {value}: give at least 1")
         if not 0 <= val_fraction < 1:
             raise UserError(f"data.val_fraction is {val_fraction}: give a share from 0 up to (not including) 1")
-        if playground and PLAYGROUND not in (path, val_path):
-            raise UserError(f"data.playground has options of the playground, but data.path is {path}")
         self.path = path
         self.columns = columns
         self.val_path = val_path
@@ -127,6 +125,8 @@ class BaseDataModule(L.LightningDataModule):
         """Set up ``splits`` for a module, which has ``get_tokenizer`` and ``max_tokens``."""
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         wanted = {split: self.splits.read(split) for split in splits if split not in self.datasets}
+        if self.playground and PLAYGROUND not in (self.path, self.val_path):  # left over in a configuration
+            self.report.note("data.playground", f"not used, as data.path is {self.path}")
         tokenizer = module.get_tokenizer(lambda: texts(self.splits.read("train").records))
         limit = self._limit(module.max_tokens())
         self._note_turn_end(wanted.values(), tokenizer)

@@ -211,6 +211,8 @@ class OnlineModule(AlignModule):
                 "no prompts are held out, so nothing is evaluated (data.val_path or data.val_fraction holds some out)"
             )
             self.eval_every = 0
+        if self.finished():  # a run that is done was resumed
+            self.trainer.should_stop = True
         if self.iteration == 0 and self.eval_every:
             self.evaluate_policy()
 
@@ -244,7 +246,8 @@ class OnlineModule(AlignModule):
         }
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.report(metrics, step=self.iteration)
-        last = self.iteration >= self.iterations or self.kl_guard(metrics["objective/kl"])
+        self.recent_kl = [*self.recent_kl, metrics["objective/kl"]][-GUARD_WINDOW:]
+        last = self.finished()
         if self.eval_every and (self.iteration % self.eval_every == 0 or last):
             self.evaluate_policy()
         if last:
@@ -258,10 +261,11 @@ class OnlineModule(AlignModule):
         experience, metrics = self.experience(rollout)
         return experience, metrics | {"time/rollout": sampled - started, "time/score": time.perf_counter() - sampled}
 
-    def kl_guard(self, kl: float) -> bool:
-        """Whether the hard KL limit is reached, by the moving average of three iterations."""
-        self.recent_kl = [*self.recent_kl, kl][-GUARD_WINDOW:]
-        return self.stop_at_kl is not None and sum(self.recent_kl) / len(self.recent_kl) > self.stop_at_kl
+    def finished(self) -> bool:
+        """Whether all iterations are done, or the moving average of three iterations' KL exceeds the hard limit."""
+        if self.stop_at_kl is not None and sum(self.recent_kl) > self.stop_at_kl * len(self.recent_kl):
+            return True
+        return self.iteration >= self.iterations
 
     def seed(self) -> int:
         """First of the sampling seeds that belong to this run."""

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lightning_align.cli.main import run
+from lightning_align.playground import records
 
 REPOSITORY = Path(__file__).parents[2]
 ARCHITECTURE = """
@@ -34,16 +35,19 @@ tokenizer: {train: {vocab_size: 512, algorithm: words}}
 SHORT: dict[str, list[str]] = {
     "pretrain": [
         *("--model.model=tiny.yaml", "--trainer.max_steps=3", "--trainer.val_check_interval=3"),
-        *("--data.playground.size=100", "--data.max_length=64", "--data.batch_size=8"),
+        *("--data.playground.size=100", "--data.max_length=64", "--data.batch_size=8", "--data.val_path=text.jsonl"),
     ],
     "sft": [
         *("--trainer.max_steps=3", "--trainer.val_check_interval=3"),
-        *("--data.playground.size=60", "--data.max_length=64", "--data.batch_size=8"),
+        *("--data.playground.size=60", "--data.max_length=64", "--data.batch_size=8", "--data.val_path=sft.jsonl"),
     ],
-    "reward": ["--data.playground.size=40", "--data.max_length=64", "--data.batch_size=16"],
+    "reward": [
+        *("--data.playground.size=40", "--data.max_length=64", "--data.batch_size=16"),
+        "--data.val_path=preference.jsonl",
+    ],
     "ppo": [
         *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6", "--model.num_ppo_epochs=1"),
-        *("--data.playground.size=40", "--data.batch_size=8"),
+        *("--data.playground.size=40", "--data.batch_size=8", "--data.val_path=prompt.jsonl"),
     ],
 }
 QUICK = [
@@ -77,6 +81,8 @@ class Desk:
         for name in ("configs", "docs"):
             (root / name).symlink_to(REPOSITORY / name)
         self.write("tiny.yaml", ARCHITECTURE)
+        for kind in ("text", "sft", "preference", "prompt"):
+            self.write(f"{kind}.jsonl", records(kind, split="val", size=16))  # validation takes no time
 
     def write(self, name: str, content: str | Sequence[Mapping[str, Any]]) -> str:
         """A file with this text, or with these records; returns its name."""

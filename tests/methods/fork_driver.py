@@ -35,7 +35,7 @@ from lightning_align.run.checkpoints import RunCheckpoints
 from lightning_align.run.resume import RandomState
 
 fit.import_methods()
-LIMIT = 60.0  # seconds until a child is taken for hung
+LIMIT = 300.0  # seconds until a child is taken for hung
 
 
 # ------------------------------------------------------------------------------ wrong variants that a test must notice

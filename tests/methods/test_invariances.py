@@ -4,9 +4,10 @@ Every invariance has counter-examples: the same comparison on a variant that is 
 """
 
 import dataclasses
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +51,10 @@ def offline(model: str, start: str, data: str, records: str, **options: Any) -> 
 
 
 def online(model: str, **options: Any) -> dict[str, Any]:
-    """A run of six iterations."""
+    """A run of five iterations."""
     return {
         **{"model": model, "model.model": "@sft", "model.learning_rate": 3e-3, "model.reward": "@reward"},
-        **{"model.gold": "playground", "model.iterations": 6, "model.max_new_tokens": 8, "model.eval_every": 2},
+        **{"model.gold": "playground", "model.iterations": 5, "model.max_new_tokens": 8, "model.eval_every": 3},
         **{"data": "PromptDataModule", "data.path": "@prompt.jsonl", "data.val_path": "@prompt_val.jsonl"},
         **{"data.batch_size": 8, **options},
     }
@@ -69,7 +70,7 @@ METHODS = {
     ),
     "sft": Method(offline("SFTModule", "pretrain", "SFTDataModule", "sft"), "loss_weights", packs=True),
     "reward": Method(offline("RewardModule", "sft", "PreferenceDataModule", "preference"), "pair_weight"),
-    "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX), "advantages"),
+    "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -299,10 +300,12 @@ def whole(world: Any) -> Callable[[str], Any]:
 
 
 def splits(name: str) -> list[dict[str, Any]]:
-    """Options that take the same batch in smaller parts."""
+    """Options that take the same batch in smaller parts, and with recomputed activations."""
+    recomputed = {"model.gradient_checkpointing": True}
     if METHODS[name].online:
-        return [{"model.micro_batch_size": 3}, {"model.micro_batch_size": 1}]
-    return [{"data.batch_size": size, "trainer.accumulate_grad_batches": 8 // size} for size in (4, 1)]
+        return [{"model.micro_batch_size": 3}, {"model.micro_batch_size": 1, **recomputed}]
+    parts = [{"data.batch_size": size, "trainer.accumulate_grad_batches": 8 // size} for size in (4, 1)]
+    return [parts[0], {**parts[1], **recomputed}]
 
 
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name in METHODS for way in (0, 1)])
@@ -355,7 +358,7 @@ def leaves_the_same(first: Any, second: Any) -> bool:
     """Whether two runs left the same files behind, the clock aside."""
     if repr(first.rows) != repr(second.rows):  # NaN equals NaN in writing
         return False
-    if METHODS and (first.path / "samples.jsonl").exists() and first.samples != second.samples:
+    if (first.path / "samples.jsonl").exists() and first.samples != second.samples:
         return False
     models = [(run.path / "model" / "model.safetensors").read_bytes() for run in (first, second)]
     states = [run.checkpoint() for run in (first, second)]
@@ -363,27 +366,45 @@ def leaves_the_same(first: Any, second: Any) -> bool:
     return models[0] == models[1] and all(equal(states[0][part], states[1][part]) for part in parts)
 
 
-def interrupted(world: Any, name: str, step: int, breaks: list[str]) -> Any:
-    """The run that is stopped after ``step``, and goes on in another process."""
-    run = world.fork(resumable(name), stop_at=step, code=130)
-    assert run.status["status"] == "interrupted"
-    return world.fork(resumable(name), "--resume", name=run.path.name, breaks=breaks)
+@pytest.fixture(scope="module")
+def resumed(world: Any) -> Callable[..., Any]:
+    """``resumed(name, step, breaks)``: the run that is stopped after ``step`` and goes on in another process."""
+    stopped: dict[tuple[str, int], Any] = {}
+
+    def resume(name: str, step: int, breaks: Sequence[str] = ()) -> Any:
+        if (name, step) not in stopped:
+            stopped[name, step] = world.fork(resumable(name), stop_at=step, code=130)
+        assert stopped[name, step].status["status"] == "interrupted"
+        copy = "-".join([name, str(step), *breaks])
+        shutil.copytree(stopped[name, step].path, world.root / copy)
+        return world.fork(resumable(name), "--resume", name=copy, breaks=breaks)
+
+    return resume
 
 
 @pytest.mark.parametrize("step", [3, 4])  # the end of an epoch of an offline run, and a place within one
 @every_method
-def test_pre_5_ppo_14_resume_at_step_k(world: Any, unbroken: Any, name: str, step: int) -> None:
-    resumed = interrupted(world, name, step, [])
-    assert resumed.status["resumed"] == 1
-    assert leaves_the_same(unbroken(name), resumed)
+def test_pre_5_ppo_14_resume_at_step_k(unbroken: Any, resumed: Any, name: str, step: int) -> None:
+    run = resumed(name, step)
+    assert run.status["resumed"] == 1
+    assert leaves_the_same(unbroken(name), run)
+
+
+@every_method
+def test_resuming_a_finished_run_changes_nothing(world: Any, unbroken: Any, name: str) -> None:
+    copy = f"{name}_again"
+    shutil.copytree(unbroken(name).path, world.root / copy)
+    again = world.fork(resumable(name), "--resume", name=copy)
+    assert leaves_the_same(unbroken(name), again)
+    assert again.status["status"] == "finished"
 
 
 FORGETS = [(name, what) for name in METHODS for what in ("position", "optimiser", "counters")]
 
 
 @pytest.mark.parametrize(("name", "what"), [*FORGETS, ("pretrain", "random"), ("sft", "random")])
-def test_state_that_is_not_restored_is_noticed(world: Any, unbroken: Any, name: str, what: str) -> None:
-    assert not leaves_the_same(unbroken(name), interrupted(world, name, 4, [f"forgotten_{what}"]))
+def test_state_that_is_not_restored_is_noticed(unbroken: Any, resumed: Any, name: str, what: str) -> None:
+    assert not leaves_the_same(unbroken(name), resumed(name, 4, [f"forgotten_{what}"]))
 
 
 # -------------------------------------------------------------------------------------------- one process against two

@@ -1,0 +1,117 @@
+"""README.md and docs/*.md: every command runs, every option and file they name exists."""
+
+import gzip
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_align.cli.build import BASES, AlignCLI, import_methods
+from lightning_align.cli.main import COMMANDS
+from lightning_align.cli.parsing import leaves, option_names
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+TOGETHER = "python -m lightning_align "
+HUB_ID = "Qwen/Qwen3-0.6B"  # stands for any model of the hub
+FUNCTION = "def exact_match(completions):\n    return [float(len(text)) for text in completions]\n"
+CURVE = "step,objective/kl,objective/scores,judge\n0,0,0,0\n10,1,1,1\n20,2,2,1.5\n30,4,3,1.2\n"
+
+
+def commands(page: str) -> list[str]:
+    """Commands of the fenced bash blocks, continued lines joined, without comments."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> Iterator[Any]:
+    """The files that the pages speak of."""
+    records = {name: (scratch.root / f"{name}.jsonl").read_text() for name in ("text", "sft", "preference", "prompt")}
+    for name, kind in (("my_text", "text"), ("demos", "sft"), ("my_records", "sft"), ("prompts", "prompt")):
+        scratch.write(f"{name}.jsonl", records[kind])
+    sums = [{"question": f"What is {n} + 1 ?", "answer": f"#### {n + 1}"} for n in range(12)]
+    content = "".join(json.dumps(row) + "\n" for row in sums).encode()
+    (scratch.root / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress(content))
+    scratch.write("log.csv", CURVE)
+    scratch.write("my_package/rewards.py", FUNCTION)
+    make_model(scratch.root / "path" / "to" / "hf_model", tokenizer=make_tokenizer(template=chatml))
+    loaded, path = set(sys.modules), list(sys.path)
+    yield scratch
+    sys.path[:] = path
+    for name in set(sys.modules) - loaded:
+        if name.startswith("my_package"):
+            del sys.modules[name]
+
+
+def shortened(desk: Any, words: list[str], number: int) -> list[str]:
+    """The same command in a second or two: few records, few steps, a name where it would make one up."""
+    words = ["path/to/hf_model" if word == HUB_ID else word for word in words]
+    if words[0] == "pipeline":
+        return [*words, "--dry-run"]
+    if words[0] != "fit":
+        return words
+    if "--config" in words:
+        words += desk.fit_words(Path(words[words.index("--config") + 1]).stem)[3:]
+    return words if "--run.name" in words else [*words, f"--run.name=page{number}"]
+
+
+@pytest.mark.filterwarnings("ignore:.*no pad token")
+@pytest.mark.parametrize("page", PAGES)
+def test_commands(project: Any, page: str) -> None:
+    if page != "docs/data.md":  # which makes its own
+        project.write("pairs.jsonl", (project.root / "preference.jsonl").read_text())
+    for number, command in enumerate(commands(page)):
+        if command.startswith(TOGETHER):
+            words = shlex.split(command.removeprefix(TOGETHER))
+            answer = project.run(*shortened(project, words, number))
+            assert answer.code == 0, f"{page}: {command}\n{answer.err}"
+        elif command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", (REPOSITORY / "Makefile").read_text(), re.M), command
+        else:  # our own programs beside the package
+            module = re.fullmatch(r"python -m ([\w.]+)( .*)?", command)
+            assert module is not None, f"{page}: no test knows how to try `{command}`"
+            assert (REPOSITORY / f"{module.group(1).replace('.', '/')}.py").is_file(), command
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_are_named_exist(page: str) -> None:
+    import_methods()
+    known = {
+        section: {n for cls in leaves(base).values() for n in option_names(cls)} for section, base in BASES.items()
+    }
+    from lightning.pytorch import Trainer
+
+    known["trainer"] = set(option_names(Trainer))
+    known["run"] = {"name", "root", "wandb", "checkpoint_every"}
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    named = re.findall(r"`(?:--)?(model|data|trainer|run)\.(\w+)", text)
+    files = {("run", "json"), ("model", "safetensors")}
+    unknown = {f"{section}.{name}" for section, name in named if name not in known[section]}
+    assert unknown <= {".".join(file) for file in files}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    path = REPOSITORY / page
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| command \| does \|\n(.*?)\n\n", text, re.M | re.S)
+    named = {name.split()[0] for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+    assert named - {"|"} >= set(COMMANDS)
+
+
+def test_the_class_of_the_command_line_is_lightnings() -> None:
+    assert AlignCLI.__mro__[1].__name__ == "LightningCLI"  # docs/running.md: options of the Trainer are Lightning's
