@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Check, time, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout", description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="two rounds, two batch sizes, half of the prompts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

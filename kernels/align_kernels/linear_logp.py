@@ -19,7 +19,7 @@ from align_kernels.shards import Shard, merge, sum_over_shards
 class Rows(Protocol):
     """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`.
 
-    ``by_probabilities``: the gradient is made from probabilities, by :func:`from_probabilities`. ``in_place``: kept
+    ``by_probabilities``: the gradient is made from probabilities by :func:`from_probabilities`, not by ``backward``. ``in_place``: kept
     logits are overwritten with their gradient, so that backward runs once only.
     """
 
@@ -37,7 +37,7 @@ class Rows(Protocol):
         probabilities: bool = False,
     ) -> RowStats: ...
 
-    def probabilities_(self, x: Tensor) -> None: ...
+    def mark(self, x: Tensor, labels: Tensor, logp: Tensor) -> None: ...
 
     def backward(
         self,
@@ -99,8 +99,69 @@ def forward(
     else:
         stats, logp, known = merge(stats, inside, shard.group)
         columns = Columns(stats, logp, index, inside, known)
-    if keep and rows.by_probabilities:
-        mark_labels(kept, index, stats)
+    return columns, kept if keep else None
+
+
+def backward(
+    self,
+    out: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    stats: RowStats,
+    grads: RowGrads,
+    ref_x: Tensor | None = None,
+    *,
+    owned: Tensor | None = None,
+) -> None: ...
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What forward found out about rows ``[M]``.
+
+    Args:
+        stats: Over the whole vocabulary; ``stats.logp`` is of the column in ``index``.
+        logp: Of the labels; 0 where a label is outside the vocabulary.
+        index: Columns of the labels in this shard; 0 where ``inside`` is false.
+        inside: Which labels are columns of this shard; None for all.
+        known: Which labels are columns of some shard; None for all.
+    """
+
+    stats: RowStats
+    logp: Tensor
+    index: Tensor
+    inside: Tensor | None
+    known: Tensor | None
+
+
+def forward(
+    rows: Rows,
+    layer: Layer,
+    reference: Layer | None,
+    labels: Tensor,
+    *,
+    keep: bool,
+    check: bool = False,
+    shard: Shard | None = None,
+) -> tuple[Columns, Tensor | None]:
+    """Statistics of the rows, and with ``keep`` what spares backward a product: logits, or probabilities."""
+    index, inside = locate(labels, len(layer.weight), 0 if shard is None else shard.start, check=check)
+    size = min(layer.chunk, len(layer))
+    kept = layer.empty_logits(len(layer) if keep else 0)
+    buffer = layer.empty_logits(0 if keep else size)
+    ref_buffer = None if reference is None else reference.empty_logits(size)
+    probabilities = keep and rows.by_probabilities
+    found = []
+    for part in layer.parts():
+        x = layer.logits_into(kept[part] if keep else buffer, part)
+        ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
+        found.append(rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=probabilities))
+    stats = joined(found, rows.wanted, layer.hidden)
+    if shard is None:
+        columns = Columns(stats, only(stats.logp, inside), index, inside, inside)
+    else:
+        stats, logp, known = merge(stats, inside, shard.group)
+        columns = Columns(stats, logp, index, inside, known)
     return columns, kept if keep else None
 
 
@@ -138,8 +199,7 @@ def backward(
         index, stats, upstream = columns.index[part], columns.stats.at(part), grads.at(part)
         if rows.by_probabilities:
             if kept is None:
-                rows.probabilities_(x)
-                mark_labels(x, index, stats)
+                rows.mark(x, index, stats.logp)
             total.add(layer, part, *from_probabilities(x, index, upstream, rows.wanted.temperature))
         else:
             ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)

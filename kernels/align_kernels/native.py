@@ -126,7 +126,7 @@ class NativeRows:
     ) -> RowStats:
         """Statistics of logits ``[n, V]`` for labels ``[n]`` in ``[0, V)``.
 
-        With ``overwrite``, ``x`` holds nothing of use afterwards; with ``probabilities``, it holds probabilities.
+        With ``overwrite``, ``x`` holds nothing of use afterwards; with ``probabilities``, what :meth:`mark` makes.
         """
         if not x.shape[1]:
             zero = x.new_zeros(len(x), dtype=statistics_dtype(x.dtype))
@@ -149,12 +149,7 @@ class NativeRows:
         # a finite label needs no pass for the maximum; whether all are is known without waiting on a CPU alone
         peak = None if not probabilities and x.is_cpu and bool(picked.isfinite().all()) else z.amax(1)
         out = self._buffer("z", x) if z is x and not overwrite else z
-        if probabilities:
-            torch.softmax(z, 1, out=out)
-            if out is not x:
-                x.copy_(out)
-        else:
-            torch.log_softmax(z, 1, out=out)
+        (torch.softmax if probabilities else torch.log_softmax)(z, 1, out=out)
         if peak is None:
             logp = out.gather(1, column)[:, 0]
             lse = picked - logp
@@ -163,15 +158,20 @@ class NativeRows:
             log_sum = out.amax(1).log_().neg_() if probabilities else out.amax(1).neg_()
             logp = (picked - peak).sub_(log_sum)
             lse = torch.where(peak == -torch.inf, peak, peak + log_sum)
+        if probabilities:
+            _mark(out, column, logp)
+            if out is not x:
+                x.copy_(out)
         stats = RowStats(logp, lse, argmax=argmax)
         return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
 
-    def probabilities_(self, x: Tensor) -> None:
-        """Overwrites logits with their probabilities."""
+    def mark(self, x: Tensor, labels: Tensor, logp: Tensor) -> None:
+        """Overwrites logits with p − 1[j = label], given the labels' log-probs."""
         for part in self._passes(x):
             rows = x[part]
             z = self._transformed(rows, self.wanted.temperature, self.wanted.softcap, "z", True)
             torch.softmax(z, 1, out=z)
+            _mark(z, labels[part, None], logp[part])
             if z is not rows:
                 rows.copy_(z)
 
@@ -290,6 +290,11 @@ class NativeRows:
                 like, dtype=statistics_dtype(like.dtype), memory_format=torch.contiguous_format
             )
         return held[: len(like)]
+
+
+def _mark(p: Tensor, column: Tensor, logp: Tensor) -> None:
+    """p − 1 in the label's column, from the log-prob: by subtraction it would be lost to rounding as p nears 1."""
+    p.scatter_(1, column, torch.expm1(logp)[:, None])
 
 
 def label_gradient(logp: Tensor, grads: RowGrads, owned: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,19 +21,19 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         folder: Where to write; parents are made.
     """
     folder = Path(folder)
+    temporary, earlier = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "earlier"))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        for leftover in (temporary, earlier):  # of a process that was killed here
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write the model to {folder}: {error.strerror}") from error
     try:
-        temporary.chmod(0o755)  # mkdtemp's is private
         _set_special_tokens(model, tokenizer)
         with quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
         if folder.exists():
-            earlier = temporary.with_name(f"{temporary.name}.earlier")
             os.replace(folder, earlier)
             os.replace(temporary, folder)
             shutil.rmtree(earlier)

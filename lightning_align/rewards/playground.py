@@ -54,7 +54,7 @@ class PlaygroundReward:
         self.num_scored += len(values) - failed
         if foreign is not None:
             if self.num_scored == 0:
-                raise foreign
+                raise UserError(f"{foreign}; for other data give another reward, and model.gold null") from foreign
             if self.num_failed == 0:
                 _LOGGER.warning(
                     "%d prompts get no %s score (%s); later ones are only counted", failed, self.aspect, foreign

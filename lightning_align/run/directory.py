@@ -86,16 +86,6 @@ class RunDirectory:
 
     def open(self, config: str, *, seed: int, parents: list[dict[str, Any]]) -> None:
         """Create the directory (or reopen it), write ``config.yaml`` and mark the run as running."""
-        self._made = [parent for parent in self.path.parents if not parent.exists()]
-        try:
-            if self.overwrite and self.path.exists():
-                shutil.rmtree(self.path)
-            (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / CONFIG_FILE, config)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)"
-            ) from error
         before = read_status(self.path) if self.resume else {}
         self._earlier_seconds = float(before.get("durations", {}).get("total_seconds", 0.0))
         self._facts = {
@@ -109,31 +99,45 @@ class RunDirectory:
             "versions": versions(),
             "hardware": hardware(),
         }
-        self.update()
+        try:
+            if self.path.exists() and not self.overwrite:
+                self._write(self.path, config)
+            else:
+                self._create(config)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)"
+            ) from error
 
-    def discard(self) -> bool:
-        """Remove a new directory that holds nothing but what :meth:`open` wrote; returns whether it did."""
-        if not self.opened or self.resume or any((self.path / CHECKPOINTS).iterdir()):
-            return False
-        if {child.name for child in self.path.iterdir()} != {CONFIG_FILE, STATUS_FILE, CHECKPOINTS}:
-            return False
-        shutil.rmtree(self.path)
-        for parent in self._made:
-            if not any(parent.iterdir()):
-                parent.rmdir()
-        self._facts = {}
-        return True
+    def _create(self, config: str) -> None:
+        """A new directory appears whole and an old one goes whole: a process killed here leaves no half of a run."""
+        new, old = (self.path.with_name(f".{self.path.name}.{what}") for what in ("new", "old"))
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._write(new, config)
+        if self.path.exists():
+            os.replace(self.path, old)
+        os.replace(new, self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, folder: Path, config: str) -> None:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, config)
+        self._update(folder)
 
     def update(self, **facts: Any) -> None:
         """Add ``facts`` to ``run.json``, with the time spent so far."""
         self._facts |= facts
+        self._update(self.path)
+
+    def _update(self, folder: Path) -> None:
         session = time.monotonic() - self._started
         self._facts["updated"] = _now()
         self._facts["durations"] = {
             "session_seconds": round(session, 3),
             "total_seconds": round(self._earlier_seconds + session, 3),
         }
-        write_atomically(self.path / STATUS_FILE, json.dumps(self._facts, indent=2) + "\n")
+        write_atomically(folder / STATUS_FILE, json.dumps(self._facts, indent=2) + "\n")
 
     @property
     def opened(self) -> bool:
