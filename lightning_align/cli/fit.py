@@ -67,6 +67,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*callbacks used to create the checkpoint.*",
         ".*max_epochs. was not set.*",
+        ".*gradient_checkpointing_enable. is deprecated.*",  # the new name is not in all versions that are allowed
     ):
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_align.data.datamodules import BaseDataModule
+from lightning_align.errors import UserError
 from lightning_align.methods.base import AlignModule
 from lightning_align.methods.online import OnlineModule
 from lightning_align.models.loading import load_config
@@ -31,11 +32,25 @@ class Plan(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on the first process."""
         assert isinstance(pl_module, AlignModule)
+        check_validation(trainer)
         rows = plan(trainer, pl_module)  # on every process: they agree on the number of steps, and wait for each other
         if trainer.is_global_zero:
             show(rows)
         if self.dry_run:
             raise PlanOnly
+
+
+def check_validation(trainer: Trainer) -> None:
+    """Raise :class:`UserError` if validation would never come; Lightning says so only once the run has begun."""
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or not trainer.limit_val_batches:
+        return
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    if interval > batches:
+        raise UserError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches: lower it, or count on over "
+            "epochs with trainer.check_val_every_n_epoch null"
+        )
 
 
 def plan(trainer: Trainer, module: AlignModule) -> list[tuple[str, str]]:
@@ -130,10 +145,15 @@ def gib(size: float) -> str:
 
 
 def show(rows: list[tuple[str, str]]) -> None:
-    """Print the plan as two columns; a name is not repeated."""
+    """Print the plan as two columns; a name is not repeated. Only a terminal's lines are broken, to its width."""
+    names = ["" if index and rows[index - 1][0] == name else name for index, (name, _) in enumerate(rows)]
+    console = Console()
+    if not console.is_terminal:
+        width = max(len(name) for name in names)
+        for name, (_, value) in zip(names, rows, strict=True):
+            print(f"{name:<{width}}  {value}")
+        return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    previous = ""
-    for name, value in rows:
-        table.add_row("" if name == previous else name, escape(value))
-        previous = name
-    Console().print(table)
+    for name, (_, value) in zip(names, rows, strict=True):
+        table.add_row(name, escape(value))
+    console.print(table)

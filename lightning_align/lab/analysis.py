@@ -143,7 +143,7 @@ def analyse(curve: Curve, *, form: FormName = "rl", free_start: bool = False) ->
     start, end = places.at(start_points) if start_points else None, places.end()
     first = start if start is not None else places.first()
     fitted_start = forms[form].fit.intercept if forms and not origin else math.nan
-    peak, looks, misfit = _peak(places, forms.get(form)) if gold else (None, 1, False)
+    peak, looks, misfit = _peak(places, forms.get(form), start_points) if gold else (None, 1, False)
     return Analysis(
         curve=curve,
         form=form,
@@ -214,9 +214,10 @@ class _Places:
         """The last by training step."""
         return self.at(sorted(self.points, key=lambda p: p.step)[-self.width :])
 
-    def nearest(self, d: float) -> Place:
-        """Those nearest to a distance."""
-        valid = [p for p in self.points if math.isfinite(p.d)]
+    def nearest(self, d: float, without: Sequence[Point]) -> Place:
+        """Those nearest to a distance, some left out if others remain."""
+        finite = [p for p in self.points if math.isfinite(p.d)]
+        valid = [p for p in finite if p not in without] or finite
         return self.at(sorted(valid, key=lambda p: (abs(p.d - d), p.d, p.step))[: self.width])
 
     def best(self) -> tuple[Place, int]:
@@ -240,8 +241,10 @@ class _Places:
         return self.proxy_noise.difference(after.proxy, len(after.points), before.proxy, len(before.points))
 
 
-def _peak(places: _Places, result: FormResult | None) -> tuple[Place, int, bool]:
+def _peak(places: _Places, result: FormResult | None, start: Sequence[Point]) -> tuple[Place, int, bool]:
     """Where the fit has its peak, unless gold is clearly better elsewhere; else the best place.
+
+    The start is no part of a fitted peak, however near: the rise is measured from it.
 
     Returns:
         The place, from how many it was picked, and whether fit and measurement disagree.
@@ -250,7 +253,7 @@ def _peak(places: _Places, result: FormResult | None) -> tuple[Place, int, bool]
     claimed = _claimable(result)
     if claimed is None:
         return best, looks, False
-    nearest = places.nearest(claimed.d.estimate)
+    nearest = places.nearest(claimed.d.estimate, start)
     better = places.gold_change(nearest, best, looks)
     misfit = better is not None and better.low > 0
     return (best, looks, True) if misfit else (nearest, 1, False)

@@ -86,6 +86,7 @@ class RunDirectory:
 
     def open(self, config: str, *, seed: int, parents: list[dict[str, Any]]) -> None:
         """Create the directory (or reopen it), write ``config.yaml`` and mark the run as running."""
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         before = read_status(self.path) if self.resume else {}
         self._earlier_seconds = float(before.get("durations", {}).get("total_seconds", 0.0))
         self._facts = {
@@ -105,6 +106,7 @@ class RunDirectory:
             else:
                 self._create(config)
         except OSError as error:
+            self._facts = {}
             raise UserError(
                 f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)"
             ) from error
@@ -124,6 +126,19 @@ class RunDirectory:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG_FILE, config)
         self._update(folder)
+
+    def discard(self) -> bool:
+        """Remove a new directory that holds nothing but what :meth:`open` wrote; returns whether it did."""
+        if not self.opened or self.resume or any((self.path / CHECKPOINTS).iterdir()):
+            return False
+        if {child.name for child in self.path.iterdir()} != {CONFIG_FILE, STATUS_FILE, CHECKPOINTS}:
+            return False
+        shutil.rmtree(self.path)
+        for parent in self._made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+        self._facts = {}
+        return True
 
     def update(self, **facts: Any) -> None:
         """Add ``facts`` to ``run.json``, with the time spent so far."""

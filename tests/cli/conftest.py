@@ -36,10 +36,12 @@ SHORT: dict[str, list[str]] = {
     "pretrain": [
         *("--model.model=tiny.yaml", "--trainer.max_steps=3", "--trainer.val_check_interval=3"),
         *("--data.playground.size=100", "--data.max_length=64", "--data.batch_size=8", "--data.val_path=text.jsonl"),
+        "--trainer.check_val_every_n_epoch=null",
     ],
     "sft": [
         *("--trainer.max_steps=3", "--trainer.val_check_interval=3"),
         *("--data.playground.size=60", "--data.max_length=64", "--data.batch_size=8", "--data.val_path=sft.jsonl"),
+        "--trainer.check_val_every_n_epoch=null",
     ],
     "reward": [
         *("--data.playground.size=40", "--data.max_length=64", "--data.batch_size=16"),
@@ -102,7 +104,6 @@ class Desk:
             pytest.MonkeyPatch.context() as patch,
         ):
             patch.setenv("PL_GLOBAL_SEED", "0")  # Lightning's own, given back afterwards
-            patch.setenv("COLUMNS", "300")  # no line of a table is broken
             patch.delenv("LIGHTNING_ALIGN_RUN_NAME", raising=False)
             code = run(list(argv))
         return Answer(code, out.getvalue(), err.getvalue())

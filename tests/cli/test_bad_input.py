@@ -294,6 +294,12 @@ UNUSABLE: dict[str, tuple[str, list[str], str]] = {
         ["--model.num_mini_batches=9"],
         "model.num_mini_batches is 9: give at most 8, one a completion",
     ),
+    "validation beyond the epoch": (
+        "sft",
+        ["--trainer.val_check_interval=99", "--trainer.check_val_every_n_epoch=1"],
+        "trainer.val_check_interval is 99, but an epoch has 8 batches: lower it, or count on over "
+        "epochs with trainer.check_val_every_n_epoch null",
+    ),
     "W&B mode": ("sft", ["--run.wandb=of"], "run.wandb is of: give one of offline, online, disabled or null"),
     "seed": ("sft", ["--seed_everything=-1"], "seed_everything is -1: give a whole number from 0 to 4294967295"),
 }

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_align.cli.build import BASES, AlignCLI, import_methods
 from lightning_align.cli.main import COMMANDS
 from lightning_align.cli.parsing import leaves, option_names
+from lightning_align.models.architecture import read_architecture
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -116,6 +118,19 @@ def test_the_table_of_commands_is_complete() -> None:
     (table,) = re.findall(r"^\| command \| does \|\n(.*?)\n\n", text, re.M | re.S)
     named = {name.split()[0] for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
     assert named - {"|"} >= set(COMMANDS)
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*/*.yaml")), ids=lambda file: file.stem)
+def test_configurations_resolve(desk: Any, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if "architecture" in content:
+        read_architecture(str(file))
+    elif "stages" in content:
+        desk.done("pipeline", "--config", f"configs/{file.parent.name}/{file.name}", "--dry-run")
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            desk.run("fit", "--config", f"configs/{file.parent.name}/{file.name}", "--print_config")
+        assert stopped.value.code == 0
 
 
 def test_the_class_of_the_command_line_is_lightnings() -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,35 @@ def test_pre_5_killed_sft_run(place: Place) -> None:
 def test_killed_ten_times(place: Place, method: str, every: int, seed: int) -> None:
     options = {**(place.ppo if method == "ppo" else place.sft), "run.checkpoint_every": every}
     place.killed_at_random(options, f"{method}_every{every}_", seed=seed, kills=10)
+
+
+def die_at_each_replacement(place: Place, options: dict[str, Any], whole: str, calls: Iterable[int]) -> None:
+    """Be killed right before each of these calls that put a file into its place; go on as a user or a pipeline would."""
+    assert place.run(options, whole)["code"] == 0
+    for call in calls:
+        name = f"{whole}_died{call}"
+        code = place.run(options, name, die_at=call)["code"]
+        run = place.root / name
+        if run.exists():  # then it can be resumed
+            assert (run / "run.json").exists()
+        if code == -signal.SIGKILL:
+            assert place.run(options, name, *(["--resume"] if run.exists() else []))["code"] == 0, place.log(name)
+        place.compare(whole, name)
+        if code == 0:
+            return
+
+
+def test_killed_while_the_run_directory_is_made(place: Place) -> None:
+    options = {**place.sft, "trainer.max_epochs": 1, "run.checkpoint_every": 100}
+    die_at_each_replacement(place, options, "made", (1, 2, 3, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sft", "ppo"])
+def test_killed_before_every_replacement(place: Place, method: str) -> None:
+    options = {**(place.ppo if method == "ppo" else place.sft), "run.checkpoint_every": 2}
+    options |= {"model.iterations": 4} if method == "ppo" else {"trainer.max_epochs": 2}
+    die_at_each_replacement(place, options, f"{method}_replaced", itertools.count(1))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

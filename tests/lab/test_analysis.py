@@ -92,6 +92,18 @@ def test_a_fall_from_the_start(make_curve: MakeCurve) -> None:
 
 
 # ------------------------------------------------------------------ the start
+def test_a_peak_near_the_start_is_not_taken_for_the_start() -> None:
+    """A run that rises in its first evaluations: the fitted peak lies between the start and the best score."""
+    kl = [0.0, 0.53, 1.62, 2.68, 3.61, 4.27, 5.4, 8.24, 9.45, 9.86, 14.39, 16.51, 19.19, 25.55, 29.19, 34.43, 37.37]
+    gold = [0.551, 0.775, 0.889, 0.742, 0.76, 0.721, 0.66, 0.605, 0.649, 0.587, 0.341, 0.268, 0.152, 0.014, -0.045]
+    gold += [-0.084, -0.084]
+    rows = enumerate(zip(kl, gold, strict=True))
+    points = [Point(step, kl=x, proxy=x**0.5, gold=y, gold_se=0.06, proxy_se=0.06) for step, (x, y) in rows]
+    analysis = analyse(Curve("measured", points))
+    assert analysis.rises
+    assert kind_of(analysis) == "peaks"
+
+
 def test_the_start_is_the_mean_of_all_points_near_kl_0(make_curve: MakeCurve, law: Law) -> None:
     curve = make_curve(lambda d: law(d, 0.55, 0.35))
     curve.points.append(Point(500, kl=0.0004, proxy=0.0, gold=curve.points[0].gold + 0.2))

@@ -205,6 +205,12 @@ def weighted(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
+def run_type() -> type[Run]:
+    """How to read a run directory."""
+    return Run
+
+
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """The world, with the runs of :data:`TRAINED`."""
     torch.set_num_threads(1)

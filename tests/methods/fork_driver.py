@@ -2,12 +2,14 @@
 
 One JSON object a line on standard input, one on standard output. A request has ``argv`` (of the command line), ``log``
 (a file for the children's output), and optionally ``processes`` (as many ranks), ``breaks`` (names of :data:`BREAKS`),
-``stop_at`` (SIGTERM to itself when that step is over), ``kill_after`` (seconds until SIGKILL), or ``signals`` (numbers,
-sent one after another from when the file ``when`` exists). The answer has ``code`` (exit code, or minus the signal that
-ended the first rank) and ``seconds``.
+``stop_at`` (SIGTERM to itself when that step is over), ``die_at`` (SIGKILL instead of that call of ``os.replace``, which
+is how every file is put into its place), ``kill_after`` (seconds until SIGKILL), or ``signals`` (numbers, sent one after
+another from when the file ``when`` exists). The answer has ``code`` (exit code, or minus the signal that ended the first
+rank) and ``seconds``.
 """
 
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -134,6 +136,18 @@ def stop_at(step: int) -> None:
     RunCheckpoints.on_boundary = stopping
 
 
+def die_at(call: int) -> None:
+    """Be killed instead of a call of ``os.replace``, counted from 1."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def dying(*arguments: Any) -> None:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*arguments)
+
+    os.replace = dying
+
+
 # ------------------------------------------------------------------------------------------------------------ children
 def child(request: Mapping[str, Any], rank: int, environment: Mapping[str, str]) -> None:
     """The command line in this process, which ends with its exit code."""
@@ -149,6 +163,8 @@ def child(request: Mapping[str, Any], rank: int, environment: Mapping[str, str])
             BREAKS[name]()
         if "stop_at" in request:
             stop_at(request["stop_at"])
+        if "die_at" in request:
+            die_at(request["die_at"])
         code = main.run(request["argv"])
     except BaseException:
         traceback.print_exc()
