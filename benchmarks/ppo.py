@@ -32,7 +32,15 @@ from lightning_align.models.tokenizer_training import train_tokenizer
 from lightning_align.rollout.types import Experience, Rollout
 
 VOCABULARY = 8192
-PHASES = ("rollout", "scoring", "forward: old, reference, values", "forward: learning", "backward", "optimiser", "other")
+PHASES = (
+    "rollout",
+    "scoring",
+    "forward: old, reference, values",
+    "forward: learning",
+    "backward",
+    "optimiser",
+    "other",
+)
 
 
 class Clock:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -148,7 +149,7 @@ def with_saved_config(argv: list[str]) -> list[str]:
 def build(command: str, argv: list[str]) -> AlignCLI:
     """Parse the command line and create module and datamodule."""
     words, notices = translate_options(classes_first(argv, BASES), BASES)
-    for notice in notices:
+    for notice in notices if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
         print(f"note: {notice}", file=sys.stderr)
     cli = AlignCLI(
         AlignModule,

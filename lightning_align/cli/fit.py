@@ -18,6 +18,7 @@ from lightning_align.callbacks.export import ExportModel
 from lightning_align.callbacks.nan_guard import NanGuard
 from lightning_align.callbacks.progress import RunProgress
 from lightning_align.cli.build import AlignCLI, build, import_methods, with_saved_config
+from lightning_align.cli.main import nearest
 from lightning_align.cli.plan import Plan, PlanOnly
 from lightning_align.errors import UserError, check_options
 from lightning_align.methods.online import OnlineModule
@@ -58,7 +59,7 @@ def execute(command: Literal["fit", "validate", "test"], argv: list[str]) -> int
 
 def quiet() -> None:
     """Lightning's own remarks would drown what this program has to say."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "lightning.pytorch"):
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
@@ -88,7 +89,8 @@ def fit(cli: AlignCLI, stop: StopRequest) -> int:
         run_trainer("fit", trainer, cli, checkpoint)
     except PlanOnly:
         return 0
-    print(f"finished: {run.path} (model in {run.model})", file=sys.stderr)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(f"finished: {run.path} (model in {run.model})", file=sys.stderr)
     return 0
 
 
@@ -118,6 +120,8 @@ def starting_point(run: RunDirectory, path: str | None, resume: bool) -> Path | 
         checkpoint = run.last_checkpoint if run.last_checkpoint.exists() else None
     else:
         checkpoint = Path(path) if path is not None else None
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"there is no checkpoint {path}{nearest(path, ['last'])}")
     if checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint
@@ -173,7 +177,7 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
         stop=stop,
     )
     callbacks = [
-        Plan(dry_run=config.dry_run),
+        Plan(dry_run=config.dry_run, record=run.update),
         NanGuard(run.path),
         RandomState(),
         checkpoints,

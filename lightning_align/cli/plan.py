@@ -1,5 +1,7 @@
 """What follows from the configuration, said before the first step: batch, tokens, steps, parameters, memory."""
 
+from collections.abc import Callable
+
 import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,10 +26,16 @@ class PlanOnly(BaseException):
 
 
 class Plan(Callback):
-    """Prints the plan once data are read and before any weights are loaded; with ``dry_run`` it stops there."""
+    """Prints the plan once data are read and before any weights are loaded; with ``dry_run`` it stops there.
 
-    def __init__(self, *, dry_run: bool) -> None:
+    Args:
+        dry_run: Whether the plan is all that was asked for.
+        record: Called with ``data``, the report on the data, once there is a run that can keep it.
+    """
+
+    def __init__(self, *, dry_run: bool, record: Callable[..., None]) -> None:
         self.dry_run = dry_run
+        self.record = record
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on the first process."""
@@ -38,6 +46,11 @@ class Plan(Callback):
             show(rows)
         if self.dry_run:
             raise PlanOnly
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was said of the data."""
+        if trainer.is_global_zero:
+            self.record(data=trainer.datamodule.report.to_dict())  # type: ignore[attr-defined]
 
 
 def check_validation(trainer: Trainer) -> None:

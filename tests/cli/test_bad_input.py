@@ -559,7 +559,7 @@ def test_rewards(desk: Any, option: str, line: str) -> None:
             "cannot create the run directory tiny.yaml/x: tiny.yaml is not a folder",
         ),
         (["--run.name=docs", "--run.root=.", "--overwrite"], "will not overwrite docs: it is not a run directory"),
-        (["--run.name=new", "--ckpt_path=lst"], "there is no checkpoint lst"),
+        (["--run.name=new", "--ckpt_path=lst"], "there is no checkpoint lst; did you mean 'last'?"),
         (
             ["--run.name=new", "--ckpt_path=tiny.yaml"],
             "tiny.yaml is not a whole checkpoint: it is cut off, or something else; give another one",

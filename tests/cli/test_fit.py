@@ -60,6 +60,8 @@ def test_a_run_leaves_what_is_documented_and_says_little(scratch: Any, name: str
     assert {path.name for path in run.iterdir()} == FILES | ({"samples.jsonl"} if online else set())
     assert scratch.status("new")["status"] == "finished"
     assert {parent["run"] for parent in scratch.status("new")["parents"]} == PARENTS[name]
+    report = scratch.status("new")["data"]  # what was printed of the data is kept
+    assert f"playground: {report['read']} records read, {report['kept']} of kind {report['kind']} kept" in answer.out
     lines = answer.err.splitlines()
     expected = [r"value model: from the reward model runs/reward"] if online else []
     expected += [r"(step|iteration) (\d)/\2  .*loss .*", r"finished: runs/new \(model in runs/new/model\)"]

@@ -190,7 +190,7 @@ def test_killed_ten_times(place: Place, method: str, every: int, seed: int) -> N
 
 
 def die_at_each_replacement(place: Place, options: dict[str, Any], whole: str, calls: Iterable[int]) -> None:
-    """Be killed right before each of these calls that put a file into its place; go on as a user or a pipeline would."""
+    """Be killed instead of each of these calls that put a file into its place; go on as a user or pipeline would."""
     assert place.run(options, whole)["code"] == 0
     for call in calls:
         name = f"{whole}_died{call}"

@@ -33,7 +33,7 @@ tie_word_embeddings: true
 tokenizer: {train: {vocab_size: 512, algorithm: words}}
 """
 # reward functions, as a user writes them
-REWARDS = '''
+REWARDS = """
 def length(completions, **columns):
     return [float(len(text.split())) for text in completions]
 
@@ -52,7 +52,7 @@ def first_letter(completions, **columns):
 def turns(prompts, completions, **columns):
     assert all(prompt[-1]["role"] == "user" for prompt in prompts)
     return [float(len(answer["content"])) for (answer,) in completions]
-'''
+"""
 # seventeen records in batches of eight: the last window of an epoch has one
 SIZES = {"text": 17, "sft": 17, "preference": 17, "prompt": 12}
 ALWAYS = {

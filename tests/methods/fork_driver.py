@@ -1,11 +1,16 @@
 """Runs command lines in forked children: everything is imported once, and ``kill -9`` and two processes stay real.
 
-One JSON object a line on standard input, one on standard output. A request has ``argv`` (of the command line), ``log``
-(a file for the children's output), and optionally ``processes`` (as many ranks), ``breaks`` (names of :data:`BREAKS`),
-``stop_at`` (SIGTERM to itself when that step is over), ``die_at`` (SIGKILL instead of that call of ``os.replace``, which
-is how every file is put into its place), ``kill_after`` (seconds until SIGKILL), or ``signals`` (numbers, sent one after
-another from when the file ``when`` exists). The answer has ``code`` (exit code, or minus the signal that ended the first
-rank) and ``seconds``.
+One JSON object a line on standard input, one on standard output. A request has ``argv`` (of the command line) and
+``log`` (a file for the children's output), and optionally:
+
+- ``processes``: as many ranks;
+- ``breaks``: names of :data:`BREAKS`;
+- ``stop_at``: SIGTERM to itself when that step is over;
+- ``die_at``: SIGKILL instead of that call of ``os.replace``, which is how every file is put into its place;
+- ``kill_after``: seconds until SIGKILL;
+- ``signals``: numbers, sent one after another from when the file ``when`` exists.
+
+The answer has ``code`` (exit code, or minus the signal that ended the first rank) and ``seconds``.
 """
 
 import faulthandler

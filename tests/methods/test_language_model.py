@@ -113,9 +113,7 @@ def test_sft_1_loss_is_the_mean_negative_log_prob_of_the_completions(world: Any)
     assert math.isclose(float(data.weights.sum()), weight, rel_tol=1e-6)  # what the loader divides by
 
 
-def test_sft_1_weights_of_records_scale_their_gradient(
-    world: Any, gradients: Callable[..., dict[str, Tensor]]
-) -> None:
+def test_sft_1_weights_of_records_scale_their_gradient(world: Any, gradients: Callable[..., dict[str, Tensor]]) -> None:
     module = world.ready({**SFT, "trainer.precision": "64-true"})
     data = module.trainer.datamodule.datasets["train"]
     batch = data.collate(range(4), 1.0)
@@ -136,9 +134,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(world: Any) -> None:
     assert on.row(1, "eval/loss")["eval/loss"] == off.row(1, "eval/loss")["eval/loss"]
 
 
-def test_a_model_that_cannot_pack_gets_a_row_for_every_document(
-    world: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_pack_gets_a_row_for_every_document(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**PRETRAIN, "data.packing": "bfd", "data.batch_size": 4, "trainer.max_steps": 3}
     options |= {"trainer.precision": "64-true"}
     packed = world.fit(options)

@@ -120,7 +120,9 @@ def test_stop_at_kl_ends_the_run_with_an_evaluation(world: Any, ppo_options: dic
 
 
 def test_both_engines_give_the_same_run(world: Any, ppo_options: dict[str, Any]) -> None:
-    runs = [world.fit({**ppo_options, "model.engine": engine, "model.eval_every": 3}) for engine in ("static", "generate")]
+    runs = [
+        world.fit({**ppo_options, "model.engine": engine, "model.eval_every": 3}) for engine in ("static", "generate")
+    ]
     assert [s["completion"] for s in runs[0].samples] == [s["completion"] for s in runs[1].samples]
     for one, other in zip(runs[0].rows, runs[1].rows, strict=True):
         other = {name: value for name, value in other.items() if not name.startswith("sampling/")}

@@ -54,9 +54,7 @@ def test_ppo_3_first_step_is_the_vanilla_policy_gradient(ppo: Ppo, monkeypatch: 
             mask = minibatch.completion_mask
             loss = -(minibatch.advantages * stats.logp)[mask].sum() / mask.sum()
             parameters = dict(self.model.named_parameters())
-            seen["vanilla"] = dict(
-                zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True)
-            )
+            seen["vanilla"] = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         return sums
 
     monkeypatch.setattr(PPOModule, "step_gradients", watched)
@@ -225,7 +223,7 @@ def test_schedule_runs_over_iterations_for_both_models(ppo: Ppo) -> None:
 # --------------------------------------------------------------------------------------------------------------- scores
 def test_missing_eos_penalty_is_subtracted_from_truncated_completions(ppo: Ppo) -> None:
     for row in ppo(missing_eos_penalty=2.5).rows:
-        assert 0 < row["completions/clipped_ratio"]
+        assert row["completions/clipped_ratio"] > 0
         expected = row["lab/proxy"] - 2.5 * row["completions/clipped_ratio"]
         assert row["objective/scores"] == pytest.approx(expected, abs=1e-5)
 

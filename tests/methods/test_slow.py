@@ -132,7 +132,9 @@ def test_ppo_10_adaptive_control_reaches_its_target(playground: Playground) -> N
     run = playground.ppo("ppo_adaptive", model__kl_coef=0.05, model__iterations=120, **options)
     last = column(run, "objective/kl")[-30:]
     mean = sum(last) / len(last)
-    print(f"PPO-10 mean KL of the last 30 iterations {mean:.2f} nats, target 3; β {column(run, 'objective/kl_coef')[-1]:.3f}")
+    print(
+        f"PPO-10 mean KL of the last 30 iterations {mean:.2f} nats, target 3; β {column(run, 'objective/kl_coef')[-1]:.3f}"
+    )
     assert abs(mean / 3.0 - 1) < 0.2
 
 
