@@ -53,7 +53,7 @@ def fixed_length(batch: int, tokenizer: PreTrainedTokenizerFast, rounds: int) ->
     model = build_policy(1e-9)
     reference, engine = Reference(model, NEW_TOKENS), StaticCacheEngine(model, tokenizer)
     prompts = random_prompts([PROMPT_TOKENS] * batch, seed=batch)
-    print(f"batch {batch}:", check_agreement(model, engine, prompts, NEW_TOKENS))
+    print(f"batch {batch}:", check_agreement(model, engine, prompts, NEW_TOKENS), flush=True)
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS)
     greedy = SamplingParams(max_new_tokens=NEW_TOKENS, greedy=True)
     products = _linear_products(engine._decoder.plan, model.config, batch)
@@ -75,7 +75,7 @@ def ppo_rollout(num_prompts: int, tokenizer: PreTrainedTokenizerFast, rounds: in
     model = build_policy(ENDING)
     reference, engine = Reference(model, LONGEST), StaticCacheEngine(model, tokenizer, ROWS)
     prompts, count = unequal_prompts(num_prompts), num_prompts * SAMPLES
-    print("unequal lengths:", check_agreement(model, engine, prompts, LONGEST))
+    print("unequal lengths:", check_agreement(model, engine, prompts, LONGEST), flush=True)
     shared = SamplingParams(max_new_tokens=LONGEST, num_samples=SAMPLES)
     single = SamplingParams(max_new_tokens=LONGEST)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES)]
@@ -210,10 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     rounds, batches, num_prompts = (2, (4, 32), 32) if options.quick else (options.rounds, BATCHES, PROMPTS)
     tokenizer = build_tokenizer()
-    fixed = {batch: fixed_length(batch, tokenizer, rounds) for batch in batches}
-    ppo, lengths = ppo_rollout(num_prompts, tokenizer, rounds)
     console = Console(width=160)
-    console.print(fixed_table(fixed), ppo_table(ppo, lengths, num_prompts))
+    fixed = {batch: fixed_length(batch, tokenizer, rounds) for batch in batches}
+    console.print(fixed_table(fixed))
+    ppo, lengths = ppo_rollout(num_prompts, tokenizer, rounds)
+    console.print(ppo_table(ppo, lengths, num_prompts))
     write_results(fixed, ppo, lengths, options)
 
 

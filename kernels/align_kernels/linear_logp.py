@@ -19,7 +19,7 @@ from align_kernels.shards import Shard, merge, sum_over_shards
 class Rows(Protocol):
     """Forward and backward of a chunk of logits; see :class:`align_kernels.native.NativeRows`.
 
-    ``by_probabilities``: the gradient is made from probabilities by :func:`from_probabilities`, not by ``backward``. ``in_place``: kept
+    ``by_probabilities``: the gradient is made by :func:`from_probabilities` and not by ``backward``. ``in_place``: kept
     logits are overwritten with their gradient, so that backward runs once only.
     """
 
@@ -59,7 +59,7 @@ class Columns:
     Args:
         stats: Over the whole vocabulary; ``stats.logp`` is of the column in ``index``.
         logp: Of the labels; 0 where a label is outside the vocabulary.
-        index: Columns of the labels in this shard; 0 where ``inside`` is false.
+        index: Columns of the labels in this shard; some column where ``inside`` is false.
         inside: Which labels are columns of this shard; None for all.
         known: Which labels are columns of some shard; None for all.
     """
@@ -81,8 +81,8 @@ def forward(
     check: bool = False,
     shard: Shard | None = None,
 ) -> tuple[Columns, Tensor | None]:
-    """Statistics of the rows, and with ``keep`` what spares backward a product: logits, or probabilities."""
-    index, inside = locate(labels, len(layer.weight), 0 if shard is None else shard.start, check=check)
+    """Statistics of the rows, and with ``keep`` what spares backward a product: logits, or p − 1[j = label]."""
+    index, inside = locate(labels, layer.weight.shape[0], 0 if shard is None else shard.start, check=check)
     size = min(layer.chunk, len(layer))
     kept = layer.empty_logits(len(layer) if keep else 0)
     buffer = layer.empty_logits(0 if keep else size)
@@ -100,75 +100,6 @@ def forward(
         stats, logp, known = merge(stats, inside, shard.group)
         columns = Columns(stats, logp, index, inside, known)
     return columns, kept if keep else None
-
-
-def backward(
-    self,
-    out: Tensor,
-    x: Tensor,
-    labels: Tensor,
-    stats: RowStats,
-    grads: RowGrads,
-    ref_x: Tensor | None = None,
-    *,
-    owned: Tensor | None = None,
-) -> None: ...
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What forward found out about rows ``[M]``.
-
-    Args:
-        stats: Over the whole vocabulary; ``stats.logp`` is of the column in ``index``.
-        logp: Of the labels; 0 where a label is outside the vocabulary.
-        index: Columns of the labels in this shard; 0 where ``inside`` is false.
-        inside: Which labels are columns of this shard; None for all.
-        known: Which labels are columns of some shard; None for all.
-    """
-
-    stats: RowStats
-    logp: Tensor
-    index: Tensor
-    inside: Tensor | None
-    known: Tensor | None
-
-
-def forward(
-    rows: Rows,
-    layer: Layer,
-    reference: Layer | None,
-    labels: Tensor,
-    *,
-    keep: bool,
-    check: bool = False,
-    shard: Shard | None = None,
-) -> tuple[Columns, Tensor | None]:
-    """Statistics of the rows, and with ``keep`` what spares backward a product: logits, or probabilities."""
-    index, inside = locate(labels, len(layer.weight), 0 if shard is None else shard.start, check=check)
-    size = min(layer.chunk, len(layer))
-    kept = layer.empty_logits(len(layer) if keep else 0)
-    buffer = layer.empty_logits(0 if keep else size)
-    ref_buffer = None if reference is None else reference.empty_logits(size)
-    probabilities = keep and rows.by_probabilities
-    found = []
-    for part in layer.parts():
-        x = layer.logits_into(kept[part] if keep else buffer, part)
-        ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
-        found.append(rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=probabilities))
-    stats = joined(found, rows.wanted, layer.hidden)
-    if shard is None:
-        columns = Columns(stats, only(stats.logp, inside), index, inside, inside)
-    else:
-        stats, logp, known = merge(stats, inside, shard.group)
-        columns = Columns(stats, logp, index, inside, known)
-    return columns, kept if keep else None
-
-
-def mark_labels(probabilities: Tensor, index: Tensor, stats: RowStats) -> None:
-    """p − 1 in the label's column, from the log-prob: by subtraction it would be lost to rounding as p nears 1."""
-    if probabilities.shape[1]:
-        probabilities.scatter_(1, index[:, None], torch.expm1(stats.logp).to(probabilities.dtype)[:, None])
 
 
 def backward(
@@ -180,12 +111,12 @@ def backward(
     grads: RowGrads,
     needs: tuple[bool, bool, bool],
     *,
-    accum_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
+    accum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden states, weight and bias from the upstream gradients of the rows ``[M]``."""
     grads = grads._replace(logp=only(grads.logp, columns.known))
-    # where no chunk needs memory, all rows are one product each for hidden states and weight, without a sum over chunks
+    # where no chunk needs memory, all rows are one product each for hidden states and weight, without a sum of chunks
     free = grads.lse is None if rows.by_probabilities else rows.in_place and grads.kl is None
     at_once = kept is not None and free and len(layer) > 0
     size = min(layer.chunk, len(layer))
@@ -215,7 +146,7 @@ def backward(
 def from_probabilities(
     marked: Tensor, index: Tensor, grads: RowGrads, temperature: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradient of the logits, as rows and what multiplies each, from what :func:`mark_labels` made of probabilities."""
+    """Gradient of the logits, as rows and what multiplies each, from p − 1[j = label]."""
     scale = grads.others if temperature == 1.0 else grads.others / temperature
     if grads.lse is None:
         return marked, scale

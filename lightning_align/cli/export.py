@@ -39,11 +39,15 @@ def export_checkpoint(run: Path, checkpoint: Path, out: Path) -> None:
             cli.model.export(out)
             raise PlanOnly
 
-    check_checkpoint(checkpoint)
+    check_checkpoint(checkpoint, to_train=False)
     quiet()
     import_methods()
     cli = build("export", ["--config", str(run / CONFIG_FILE)])
-    trainer = cli.build_trainer([ExportInstead()], logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    # one process wherever it runs, whatever the run was made with
+    here = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1}
+    trainer = cli.build_trainer(
+        [ExportInstead()], logger=False, enable_progress_bar=False, enable_checkpointing=False, **here
+    )
     try:
         run_trainer("fit", trainer, cli, checkpoint)
     except PlanOnly:

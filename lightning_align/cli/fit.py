@@ -28,6 +28,7 @@ from lightning_align.run.logging import FileLogger, WandbMirror, wandb_mode
 from lightning_align.run.resume import RandomState, use_boundary_loop
 from lightning_align.run.signals import StopRequest
 
+STRATEGIES = ("auto", "ddp", "single_device")
 NAME_VARIABLE = "LIGHTNING_ALIGN_RUN_NAME"  # the processes of one run agree on a name made up by the first
 
 
@@ -112,7 +113,7 @@ def run_name(cli: AlignCLI) -> str:
     return os.environ.setdefault(NAME_VARIABLE, f"{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
-def starting_point(run: RunDirectory, path: str | None, resume: bool) -> Path | None:
+def starting_point(run: RunDirectory, path: str | None, resume: bool, *, to_train: bool = True) -> Path | None:
     """The checkpoint to start from, checked; None for a fresh start, also of a run that was killed before its first."""
     if resume:
         if path not in (None, "last"):
@@ -123,7 +124,7 @@ def starting_point(run: RunDirectory, path: str | None, resume: bool) -> Path | 
         if path is not None and not Path(path).is_file():
             raise UserError(f"there is no checkpoint {path}{nearest(path, ['last'])}")
     if checkpoint is not None:
-        check_checkpoint(checkpoint)
+        check_checkpoint(checkpoint, to_train=to_train)
     return checkpoint
 
 
@@ -214,13 +215,27 @@ def check_trainer_options(options: Any, *, online: bool) -> None:
     for name in ("max_steps", "max_epochs"):
         if options[name] == 0:
             raise UserError(f"trainer.{name} is 0: nothing would be trained, give at least 1")
+    check_precision(str(options.precision), online=online)
+    if not (isinstance(options.strategy, str) and options.strategy.startswith(STRATEGIES)):
+        raise UserError(f"trainer.strategy is {options.strategy}: auto and ddp are supported so far")
+
+
+def check_precision(precision: str, *, online: bool) -> None:
+    """Raise :class:`UserError` for a precision under which training would silently go wrong."""
+    if precision.endswith("-true") and precision not in ("32-true", "64-true"):
+        raise UserError(
+            f"trainer.precision is {precision}, which would round heads and batch weights too: give bf16-mixed, or "
+            "model.dtype bfloat16 where float32 weights do not fit"
+        )
+    if online and precision in ("16", "16-mixed"):
+        raise UserError("trainer.precision 16-mixed scales gradients, which online methods limit: give bf16-mixed")
 
 
 def evaluate(cli: AlignCLI, command: str) -> int:
     """Run the module's evaluation and print what it measured."""
     config = cli.config
     run, resume = run_directory(cli)
-    checkpoint = starting_point(run, config.ckpt_path, resume)
+    checkpoint = starting_point(run, config.ckpt_path, resume, to_train=False)
     if resume and checkpoint is None:
         raise UserError(f"there is no checkpoint {run.last_checkpoint} (check --run.name and --run.root)")
     if checkpoint is None:

@@ -57,7 +57,7 @@ def help_text() -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 

@@ -1,6 +1,7 @@
 """The base of every method: model and tokenizer, one optimiser, metrics that mean the same on one process or many."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lightning_align.data.records import Kind
 from lightning_align.data.templates import conventions
@@ -20,6 +21,7 @@ from lightning_align.models.loading import (
     load_causal_lm,
     load_config,
     load_tokenizer,
+    max_positions,
     tokenizer_plan,
 )
 from lightning_align.models.sources import resolve_source
@@ -84,6 +86,8 @@ class AlignModule(L.LightningModule):
             ("min_lr_ratio", min_lr_ratio, 0 <= min_lr_ratio <= 1, "a share from 0 to 1"),
             ("max_grad_norm", max_grad_norm, max_grad_norm >= 0, "a norm, or 0 for no clipping"),
         )
+        if dtype == "float16":
+            raise UserError("model.dtype is float16: its range is too small to train in, give float32 or bfloat16")
         self.source = model
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -130,6 +134,7 @@ class AlignModule(L.LightningModule):
             named = model.generation_config.eos_token_id
             ends = conventions(self.tokenizer).end_ids | ({named} if isinstance(named, int) else set(named or ()))
             model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
+        check_trainable(model)
         return self.with_checkpointing(model)
 
     def with_checkpointing(self, network: PreTrainedModel) -> PreTrainedModel:
@@ -338,7 +343,15 @@ def decay_groups(module: nn.Module, learning_rate: float, weight_decay: float) -
     return [{**group, "lr": learning_rate} for group in groups if group["params"]]
 
 
-def max_positions(config: PretrainedConfig) -> int | None:
-    """Positions a model was made for; None for those without a limit."""
-    limit = config.get_text_config().to_dict().get("max_position_embeddings")
-    return int(limit) if limit else getattr(config, "n_positions", None)
+def check_trainable(network: PreTrainedModel) -> None:
+    """Refuse parameters that cannot take small steps, and say so of those that take them badly."""
+    if network.dtype == torch.float16:
+        raise UserError(
+            "the weights are stored in float16, in which training fails: give model.dtype float32 or bfloat16"
+        )
+    if network.dtype == torch.bfloat16:
+        warnings.warn(
+            "training bfloat16 weights: steps below about 0.4 % of a weight are rounded away, so low learning rates "
+            "hardly move it (they do with float32 weights and trainer.precision bf16-mixed)",
+            stacklevel=2,
+        )

@@ -1,7 +1,6 @@
 """The token-weighted language-modelling step that pre-training and SFT share."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from lightning_align.losses.lm import token_cross_entropy
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import AlignModule
 from lightning_align.models.logprobs import token_stats
-from lightning_align.models.masks import check_packing, unpack_rows
+from lightning_align.models.masks import documents_apart
 
 MOST_NATS = 700.0  # e^709 is the largest double
 
@@ -27,7 +26,6 @@ class LanguageModelModule(AlignModule):
     """
 
     kinds = ("text", "sft")
-    packs = True
 
     def __init__(self, *, dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -35,21 +33,10 @@ class LanguageModelModule(AlignModule):
             raise UserError(f"model.dropout is {dropout}: give a probability from 0 up to (not including) 1")
         self.dropout = dropout
 
-    def on_fit_start(self) -> None:
-        """Try whether this model keeps the documents of a packed row apart; if not, rows are unpacked before use."""
-        assert isinstance(self.model, PreTrainedModel)
-        self.packs = check_packing(self.model)
-        if not self.packs and self.trainer.datamodule.packs:  # type: ignore[attr-defined]
-            warnings.warn(
-                f"{type(self.model).__name__} cannot keep packed documents apart: every document gets a row of its own "
-                "(data.packing none saves the detour)",
-                stacklevel=2,
-            )
-
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Token-weighted negative log-likelihood, and the sums behind the logged metrics."""
-        if not self.packs:
-            batch = unpack_rows(batch)
+        assert isinstance(self.model, PreTrainedModel)
+        batch = documents_apart(self.model, batch)
         weights = batch["loss_weights"]
         mask = weights > 0
         stats = token_stats(

@@ -1,5 +1,6 @@
 """The spine of online methods: one training step is one iteration of sample, score, learn."""
 
+import copy
 import math
 import os
 import time
@@ -22,7 +23,7 @@ from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import AlignModule, add_sums, ratios
 from lightning_align.methods.measures import column_sums, length_columns, sample_rows, score_columns
-from lightning_align.models.loading import count_parameters, load_causal_lm
+from lightning_align.models.loading import count_parameters
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.rewards.base import Reward, Scores
 from lightning_align.rewards.build import build_reward, parse_reward
@@ -165,7 +166,7 @@ class OnlineModule(AlignModule):
         """The policy, and what stays frozen: reference, reward, gold."""
         super().configure_model()
         if not hasattr(self, "frozen"):
-            reference = load_causal_lm(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
+            reference = copy.deepcopy(self.model)  # not read again: an architecture would be drawn anew
             # kept outside the module tree: frozen models belong neither in the checkpoint nor in the optimiser
             self.frozen = Frozen(
                 reference.eval().requires_grad_(False),
@@ -279,7 +280,6 @@ class OnlineModule(AlignModule):
 
     def draw(self, batch: Mapping[str, Any], params: SamplingParams, seeds: Sequence[int]) -> Rollout:
         """Completions from the current weights, one seed for each."""
-        self.sampler.refresh()
         return self.sampler.generate(batch["prompt_ids"], params, seeds=seeds, records=batch["records"]).to(self.device)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.data.datamodules import TextDataModule
 from lightning_align.errors import UserError, check_options
@@ -23,6 +23,7 @@ from lightning_align.methods.measures import column_sums, truncated
 from lightning_align.methods.online import Objective, OnlineModule
 from lightning_align.models.heads import ValueModel
 from lightning_align.models.logprobs import TokenStats, token_stats
+from lightning_align.models.masks import documents_apart
 from lightning_align.rewards.base import Reward
 from lightning_align.rewards.learned import LearnedReward
 from lightning_align.rollout.types import Experience, Rollout
@@ -387,7 +388,9 @@ class PPOModule(OnlineModule):
 
     def ptx_loss(self) -> tuple[Tensor, Metrics]:
         """γ times the token mean of −log p over a batch of text."""
+        assert isinstance(self.model, PreTrainedModel)
         batch = self.transfer_batch_to_device(next(self._ptx_batches), self.device, 0)
+        batch = documents_apart(self.model, batch)
         weights = batch["loss_weights"]
         stats = token_stats(
             self.model,
@@ -416,7 +419,7 @@ class PPOModule(OnlineModule):
         method = checkpoint["method"]
         self.kl_controller.load_state_dict(method["kl_controller"])
         self.score_moments = list(method["score_moments"])
-        if self.ptx_data is not None:
+        if hasattr(self, "ptx_loader"):  # not for validate and test
             self.ptx_loader.load_state_dict(method["ptx"])
 
 

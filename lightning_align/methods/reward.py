@@ -12,7 +12,7 @@ from lightning_align.errors import check_options
 from lightning_align.losses.masked import Metrics
 from lightning_align.losses.reward_metrics import calibration_metrics, pair_metrics
 from lightning_align.losses.reward_model import preference_loss
-from lightning_align.methods.base import AlignModule
+from lightning_align.methods.base import AlignModule, check_trainable
 from lightning_align.models.export import save_model
 from lightning_align.models.heads import RewardModel
 from lightning_align.models.loading import count_parameters
@@ -57,10 +57,12 @@ class RewardModule(AlignModule):
         self.label_smoothing = label_smoothing
         self.center_rewards_coefficient = center_rewards_coefficient
         self._eval_pairs: list[dict[str, Tensor]] = []
+        self.normalised = False
 
     def build_model(self) -> nn.Module:
         """The backbone of ``model`` under a fresh score head."""
         model = RewardModel.from_backbone(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
+        check_trainable(model.network)
         self.with_checkpointing(model.network)
         return model
 
@@ -116,7 +118,17 @@ class RewardModule(AlignModule):
             scores.append(self.model(batch["input_ids"], batch["attention_mask"]))
         return torch.cat(scores)
 
-    def export(self, folder: Path) -> None:
-        """Store mean and standard deviation of the reference scores beside the weights, then save."""
+    def normalise(self) -> None:
+        """Store mean and standard deviation of the reference scores beside the weights."""
         self.model.set_normalisation(self.reference_scores())
+
+    def on_train_end(self) -> None:
+        """Normalise while the model is still on its device; the Trainer takes it off before the export."""
+        self.normalise()
+        self.normalised = True
+
+    def export(self, folder: Path) -> None:
+        """Save, normalised; a checkpoint that is exported by itself is normalised first."""
+        if not self.normalised:
+            self.normalise()
         save_model(self.model.network, self.tokenizer, folder)

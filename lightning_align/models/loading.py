@@ -169,6 +169,12 @@ def load_config(
     return config
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions a model was made for; None for those without a limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)  # GPT-2 maps its own name to it
+    return None if limit is None else int(limit)
+
+
 def load_network(
     auto_class: Any,
     source: str,

@@ -5,8 +5,10 @@ silently wrong under eager attention, and positions alone leak across documents.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MASKABLE_ATTENTION = ("eager", "sdpa")
+_separates: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -129,6 +132,24 @@ def unpack_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     filled = torch.arange(size[1], device=row.device) < lengths[:, None]
     unpacked["document_ids"] = torch.where(filled, 0, -1)
     return unpacked
+
+
+def documents_apart(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch as it is, or unpacked where the model does not keep the documents of a row apart.
+
+    That is tried once per model object; a model that fails costs a warning.
+    """
+    if not bool((batch["document_ids"] > 0).any()):
+        return batch
+    if model not in _separates:
+        _separates[model] = check_packing(model)
+        if not _separates[model]:
+            warnings.warn(
+                f"{type(model).__name__} cannot keep packed documents apart: every document gets a row of its own "
+                "(data.packing none saves the detour)",
+                stacklevel=2,
+            )
+    return batch if _separates[model] else unpack_rows(batch)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_align.data.encode import encode_pairs
 from lightning_align.models.heads import RewardModel
-from lightning_align.models.loading import load_tokenizer
+from lightning_align.models.loading import load_tokenizer, max_positions
 from lightning_align.rewards.base import Prompt
 
 _LOGGER = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ class LearnedReward:
         self.num_truncated = 0
 
     def _context_length(self) -> int:
-        limit = self.model.config.get_text_config().max_position_embeddings
-        return min(int(limit), int(self.tokenizer.model_max_length))
+        most = int(self.tokenizer.model_max_length)
+        limit = max_positions(self.model.config)
+        return most if limit is None else min(limit, most)
 
     def to(self, device: torch.device) -> None:
         """Move the model."""

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
+from lightning_align.models.loading import max_positions
 from lightning_align.rollout.sampling import choose, uniforms
 from lightning_align.rollout.types import FinishReason, Rollout, SamplingParams
 
@@ -132,9 +133,26 @@ class Ledger:
             prompt_lengths=prompt_lengths,
             prompt_index=index.to(device),
             finish_reason=[REASONS[code - 1] for code in self.codes.tolist()],
-            completions=self.tokenizer.batch_decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            completions=self._texts(kept, index.tolist()),
             records=[self.records[prompt] for prompt in index.tolist()],
         )
+
+    def _texts(self, completions: list[list[int]], prompts: list[int]) -> list[str]:
+        """Completions as text: what they add to the text of their prompts.
+
+        Some decoders (SentencePiece's) drop the space before the first word of whatever they are given.
+        """
+        before = self._decode([list(ids) for ids in self.prompt_ids])
+        pairs = zip(prompts, completions, strict=True)
+        whole = self._decode([[*self.prompt_ids[prompt], *ids] for prompt, ids in pairs])
+        alone = self._decode(completions)
+        return [
+            text.removeprefix(before[prompt]) if text.startswith(before[prompt]) else by_itself
+            for prompt, text, by_itself in zip(prompts, whole, alone, strict=True)
+        ]
+
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -195,7 +213,7 @@ def _check_prompts(prompt_ids: Sequence[Sequence[int]], vocabulary: int) -> None
 
 
 def _check_lengths(prompt_ids: Sequence[Sequence[int]], params: SamplingParams, model: PreTrainedModel) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model.config)
     if limit is None:  # no position embeddings, no limit
         return
     longest = max(range(len(prompt_ids)), key=lambda number: len(prompt_ids[number]))

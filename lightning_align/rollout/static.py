@@ -46,11 +46,13 @@ class StaticCacheEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch = max_batch
-        self.refresh()
+        self._decoder = Decoder(build_plan(model))
+        self._versions = self._weight_versions()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Read the model's weights again (the joined projections are copies)."""
+        """Read the model's weights again (the joined projections are copies; the old ones go first)."""
+        del self._decoder
         self._decoder = Decoder(build_plan(self.model))
         self._versions = self._weight_versions()
 

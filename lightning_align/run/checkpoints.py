@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_align.errors import UserError
-from lightning_align.run.directory import CHECKPOINTS, RunDirectory
+from lightning_align.run.directory import CHECKPOINTS, LAST, RunDirectory
 from lightning_align.run.logging import FileLogger
 from lightning_align.run.resume import BoundaryCallback
 from lightning_align.run.signals import Interrupted, StopRequest
@@ -113,7 +113,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
     def _save_labelled(self, trainer: Trainer) -> None:
         label = self.label()
         if label is not None:
-            self._save(trainer, f"{label}.ckpt")
+            self._save(trainer, f"{label}.ckpt", weights_only=True)  # for the lab: nothing to go on training from
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save(trainer, self.run.last_checkpoint.name)
@@ -121,18 +121,18 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         if trainer.is_global_zero:
             self.run.update(step=self._step)
 
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def _save(self, trainer: Trainer, name: str, *, weights_only: bool = False) -> None:
         """Write under another name, then rename: a killed process leaves the old file or the new one."""
         path = self.run.path / CHECKPOINTS / name
         temporary = path.with_name(f".{name}.tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)
+        trainer.save_checkpoint(temporary, weights_only=weights_only)
         if trainer.is_global_zero:
             os.replace(temporary, path)
         trainer.strategy.barrier("checkpoint")
 
 
-def check_checkpoint(path: Path) -> None:
-    """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program."""
+def check_checkpoint(path: Path, *, to_train: bool = True) -> None:
+    """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program, one to train on by default."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):  # the index stands at the end
@@ -143,8 +143,8 @@ def check_checkpoint(path: Path) -> None:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint ({reason}): give another one") from error
-    missing = (
-        {"state_dict", "loops", "callbacks", "method"} - set(content) if isinstance(content, dict) else {"state_dict"}
-    )
+    missing = {"state_dict", "method"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    if to_train and not {"loops", "callbacks", "optimizer_states"} <= set(content):
+        raise UserError(f"{path} holds weights only, to evaluate or export: training goes on from {LAST}")

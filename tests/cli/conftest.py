@@ -123,6 +123,12 @@ class Desk:
         """The command line of such a run, without its name."""
         return ["fit", "--config", f"configs/playground/{config}.yaml", *SHORT[config], *QUICK]
 
+    def fit_words_on(self, path: str, config: str) -> list[str]:
+        """The same on other data than the playground."""
+        ours = ("--data.playground", "--data.val_path")
+        kept = [word for word in self.fit_words(config) if not word.startswith(ours)]
+        return [*kept, "--data.playground=null", f"--data.path={path}"]
+
     def refused(self, *argv: str) -> str:
         """The one line of a command that must be refused, with nothing left behind."""
         before = self.files()

@@ -35,7 +35,7 @@ def test_an_earlier_checkpoint(scratch: Any) -> None:
         (["runs/none", "--out=x"], "runs/none is neither a run directory nor a checkpoint in one"),
         (["runs/sft/checkpoints/none.ckpt", "--out=x"], "there is no checkpoint runs/sft/checkpoints/none.ckpt"),
         (["tiny.yaml", "--out=x"], "tiny.yaml is neither a run directory nor a checkpoint in one"),
-        (["runs/sft", "--out=tiny.yaml/x"], "cannot write the model to tiny.yaml/x: File exists"),
+        (["runs/sft", "--out=tiny.yaml/x"], "cannot write the model to tiny.yaml/x: Not a directory"),
     ],
 )
 def test_bad_input(desk: Any, words: list[str], line: str) -> None:

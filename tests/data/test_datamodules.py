@@ -333,7 +333,6 @@ def test_cache_gives_the_same_batches(
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"max_length": 0}, "data.max_length is 0"),
         ({"val_fraction": 1.0}, "data.val_fraction is 1.0"),
-        ({"playground": {"size": 3}}, "data.playground has options"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

@@ -172,7 +172,7 @@ class World:
         return self.fit({**options, "trainer.limit_train_batches": 0}).module
 
     def fork(
-        self, options: Mapping[str, Any], *flags: str, name: str | None = None, code: int | None = 0, **request: Any
+        self, options: Mapping[str, Any], *flags: str, name: str | None = None, code: int = 0, **request: Any
     ) -> Run:
         """Train in a child of the driver; ``request`` goes to it. ``code`` is what the child must end with."""
         if self.driver is None:
@@ -184,7 +184,7 @@ class World:
         self.driver.stdin.write(json.dumps({"argv": [*argv, *flags], "log": str(log), **request}) + "\n")
         self.driver.stdin.flush()
         answer = json.loads(self.driver.stdout.readline())
-        assert code is None or answer["code"] == code, f"{answer}\n{log.read_text()[-4000:]}"
+        assert answer["code"] == code, f"{answer}\n{log.read_text()[-4000:]}"
         return Run(path)
 
 

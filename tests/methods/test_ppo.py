@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_align.losses.masked import masked_whiten
+from lightning_align.methods import ppo as ppo_module
 from lightning_align.methods.measures import truncated
 from lightning_align.methods.ppo import PPOModule
 from lightning_align.models.logprobs import token_stats
@@ -163,14 +165,14 @@ def documents(batch: dict[str, Tensor]) -> Iterator[Tensor]:
 def test_ppo_16_without_policy_loss_a_step_is_a_language_modelling_step_times_gamma(
     ppo: Ppo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_gradients, transfer = PPOModule.step_gradients, PPOModule.transfer_batch_to_device
+    step_gradients, endless = PPOModule.step_gradients, ppo_module.endless
     texts: list[Any] = []
     steps: list[int] = []
 
-    def remembered(self: PPOModule, batch: Any, *rest: Any) -> Any:
-        if "loss_weights" in batch:
+    def remembered(loader: Any) -> Iterator[Any]:
+        for batch in endless(loader):
             texts.append(batch)
-        return transfer(self, batch, *rest)
+            yield batch
 
     def watched(self: PPOModule, minibatch: Any) -> Any:
         sums = step_gradients(self, minibatch)
@@ -186,7 +188,7 @@ def test_ppo_16_without_policy_loss_a_step_is_a_language_modelling_step_times_ga
         steps.append(len(texts))
         return sums
 
-    monkeypatch.setattr(PPOModule, "transfer_batch_to_device", remembered)
+    monkeypatch.setattr(ppo_module, "endless", remembered)
     monkeypatch.setattr(PPOModule, "step_gradients", watched)
     run = ppo(reward="@rewards.py:nothing", ptx_coef=27.8, ptx_path="@text.jsonl", ptx_batch_size=4, num_ppo_epochs=2)
     assert steps == [1, 2, 3, 4, 5, 6]  # a batch of text for every optimiser step
@@ -198,7 +200,7 @@ def test_ppo_16_without_policy_loss_a_step_is_a_language_modelling_step_times_ga
 def test_adaptive_control_follows_its_rule(ppo: Ppo) -> None:
     rows = ppo(kl_control="adaptive", kl_coef=0.2, kl_target=0.5, kl_horizon=100, iterations=5, num_ppo_epochs=1).rows
     assert rows[0]["objective/kl_coef"] == 0.2
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         error = min(max(before["objective/kl"] / 0.5 - 1, -0.2), 0.2)
         assert after["objective/kl_coef"] == pytest.approx(before["objective/kl_coef"] * (1 + error * 8 / 100))
     assert len({row["objective/kl_coef"] for row in rows}) > 2

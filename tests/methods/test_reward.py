@@ -74,8 +74,8 @@ def test_rm_5_a_prompt_of_nine_answers_weighs_as_much_as_one_of_two(world: Any) 
     module = world.ready({**REWARD, **DOUBLE, "data.path": world.write("nine.jsonl", rows), "data.val_fraction": 0.0})
     data = module.trainer.datamodule.datasets["train"]
     assert data.weights.tolist() == [1.0, 1.0, 1.0]
-    alone = [float(module.loss(data.collate([index], 1.0))[0]) for index in range(3)]
-    together = float(module.loss(data.collate(range(3), 3.0))[0])
+    alone = [float(module.loss(data.collate([index], 1.0))[0].detach()) for index in range(3)]
+    together = float(module.loss(data.collate(range(3), 3.0))[0].detach())
     assert math.isclose(together, sum(alone), rel_tol=1e-6)
     batch = data.collate([0], 1.0)
     scores = module.model(batch["input_ids"], batch["attention_mask"])

@@ -5,6 +5,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def bigram_entropy(tokenizer: Any, texts: list[str]) -> float:
     pairs: Counter[tuple[int, int]] = Counter()
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        pairs.update(zip(ids, ids[1:], strict=False))
+        pairs.update(pairwise(ids))
     firsts: Counter[int] = Counter()
     for (first, _), count in pairs.items():
         firsts[first] += count
@@ -132,9 +133,8 @@ def test_ppo_10_adaptive_control_reaches_its_target(playground: Playground) -> N
     run = playground.ppo("ppo_adaptive", model__kl_coef=0.05, model__iterations=120, **options)
     last = column(run, "objective/kl")[-30:]
     mean = sum(last) / len(last)
-    print(
-        f"PPO-10 mean KL of the last 30 iterations {mean:.2f} nats, target 3; β {column(run, 'objective/kl_coef')[-1]:.3f}"
-    )
+    coefficient = column(run, "objective/kl_coef")[-1]
+    print(f"PPO-10 mean KL of the last 30 iterations {mean:.2f} nats, target 3; β ends at {coefficient:.3f}")
     assert abs(mean / 3.0 - 1) < 0.2
 
 
