@@ -271,7 +271,7 @@ def test_checkpoints_that_are_cut_or_of_another_model(scratch: Any, make_model: 
         )
     torch.save({"state_dict": {}}, scratch.root / "foreign.ckpt")
     assert scratch.refused(*words, "--ckpt_path=foreign.ckpt") == (
-        "foreign.ckpt is not a checkpoint of this program: it has no callbacks, loops, method"
+        "foreign.ckpt is not a checkpoint of this program: it has no method"
     )
     make_model(scratch.root / "other", tokenizer=make_tokenizer(template=None))
     checkpoint = "runs/sft/checkpoints/last.ckpt"

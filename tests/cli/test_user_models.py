@@ -123,6 +123,7 @@ def test_sft_then_generate_with_transformers(scratch: Any, folder: Callable[[str
     assert inputs["input_ids"].shape[1] < output.shape[1] <= inputs["input_ids"].shape[1] + 4
 
 
+@pytest.mark.filterwarnings("ignore:training bfloat16 weights")
 def test_bfloat16_stays_bfloat16_on_request(scratch: Any, folder: Callable[[str], Path]) -> None:
     exported = train(scratch, folder("llama"), "half", [*SFT, "--model.dtype=auto"])
     assert stored_dtypes(exported) == {"BF16"}

@@ -139,7 +139,7 @@ def test_a_model_that_cannot_pack_gets_a_row_for_every_document(world: Any, monk
     options = {**PRETRAIN, "data.packing": "bfd", "data.batch_size": 4, "trainer.max_steps": 3}
     options |= {"trainer.precision": "64-true"}
     packed = world.fit(options)
-    monkeypatch.setattr("lightning_align.methods.language_model.check_packing", lambda model: False)
+    monkeypatch.setattr("lightning_align.models.masks.check_packing", lambda model: False)
     with pytest.warns(UserWarning, match="every document gets a row of its own"):
         apart = world.fit(options)
     for one, other in zip(packed.rows, apart.rows, strict=True):

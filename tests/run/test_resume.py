@@ -51,9 +51,13 @@ def test_random_state_round_trip() -> None:
 
 
 def test_checkpoint_that_is_cut_or_foreign_is_refused(tmp_path: Path) -> None:
-    good = {"state_dict": {"w": torch.zeros(50_000)}, "loops": {}, "callbacks": {}, "method": {}}
+    weights = {"state_dict": {"w": torch.zeros(50_000)}, "method": {}}
     path = tmp_path / "last.ckpt"
-    torch.save(good, path)
+    torch.save(weights, path)
+    check_checkpoint(path, to_train=False)
+    with pytest.raises(UserError, match="weights only"):
+        check_checkpoint(path)
+    torch.save({**weights, "loops": {}, "callbacks": {}, "optimizer_states": []}, path)
     check_checkpoint(path)
     data = path.read_bytes()
     for content, expected in (
