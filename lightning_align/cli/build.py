@@ -14,10 +14,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_align.methods
-from lightning_align.cli.parsing import classes_first, explain, leaves, translate_options
+from lightning_align.cli.parsing import explain, leaves
+from lightning_align.cli.translate import classes_first, translate_options
 from lightning_align.data.datamodules import BaseDataModule
 from lightning_align.errors import UserError
 from lightning_align.methods.base import AlignModule
+from lightning_align.methods.online import OnlineModule
 from lightning_align.run.directory import CONFIG_FILE, RunDirectory
 from lightning_align.run.logging import WandbMode
 
@@ -176,7 +178,10 @@ def build(command: str, argv: list[str]) -> AlignCLI:
 
 
 def check_pair(module: AlignModule, datamodule: BaseDataModule) -> None:
-    """Raise :class:`UserError` unless the one can learn from the other."""
+    """Raise :class:`UserError` unless both are of a class to choose, and the one can learn from the other."""
+    for section, part in (("model", module), ("data", datamodule)):
+        if type(part) in (AlignModule, OnlineModule, BaseDataModule):
+            raise UserError(f"{section}.class_path is missing: give one of {', '.join(leaves(BASES[section]))}")
     if module.kinds and datamodule.kind not in module.kinds:
         fitting = [name for name, cls in leaves(BASES["data"]).items() if getattr(cls, "kind", None) in module.kinds]
         raise UserError(

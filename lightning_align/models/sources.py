@@ -31,6 +31,8 @@ class ModelSource:
 
 def resolve_source(source: str) -> ModelSource:
     """The kind and place of a model argument; raises :class:`UserError` when it can be neither of the four."""
+    if not source:
+        raise UserError("the model argument is empty: give a run directory, a path, a hub id or an architecture YAML")
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():

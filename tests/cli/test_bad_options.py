@@ -176,10 +176,29 @@ def test_numbers_out_of_range(desk: Any, config: str) -> None:
 def test_a_configuration_that_is_not_yaml(scratch: Any) -> None:
     scratch.write("bad.yaml", "model: [1")
     assert scratch.refused("fit", "--config=bad.yaml").startswith("bad.yaml is not valid YAML: while parsing a flow")
-    scratch.write("list.yaml", "- 1\n")
-    assert scratch.refused("fit", "--config=list.yaml") == (
-        "list.yaml is no configuration: it must be a mapping, with keys model, data and so on"
-    )
+    for content in ("", "- 1\n"):
+        scratch.write("list.yaml", content)
+        assert scratch.refused("fit", "--config=list.yaml") == (
+            "list.yaml is no configuration: it must be a mapping, with keys model, data and so on"
+        )
+
+
+DATA = "{class_path: SFTDataModule, init_args: {path: sft.jsonl}}"
+CONFIGURATIONS = {
+    "stages: {sft: {config: sft.yaml}}": "bad.yaml is a pipeline: give it to the command pipeline",
+    "architecture: llama": "bad.yaml is an architecture: give it as --model.model",
+    f"{{model: 3, data: {DATA}}}": "model must be a class, or a mapping with class_path and init_args",
+    f"{{model: {{class_path: SFTModule, learning_rate: 1}}, data: {DATA}}}": "model has options beside "
+    "class_path: they belong under model.init_args",
+    f"{{model: {{init_args: {{model: runs/sft}}}}, data: {DATA}}}": "model.class_path is missing: give one of",
+    f"{{modle: {{class_path: SFTModule}}, data: {DATA}}}": "unknown option modle.class_path",
+}
+
+
+@pytest.mark.parametrize("content", CONFIGURATIONS)
+def test_configurations(scratch: Any, content: str) -> None:
+    scratch.write("bad.yaml", content)
+    assert scratch.refused("fit", "--config", "bad.yaml").startswith(CONFIGURATIONS[content])
 
 
 def test_nothing_given(desk: Any) -> None:

@@ -9,7 +9,8 @@ lightning_cli = pytest.importorskip("lightning.pytorch.cli")
 
 import lightning as L  # noqa: E402
 
-from lightning_align.cli.parsing import explain, option_names, translate_options  # noqa: E402
+from lightning_align.cli.parsing import explain, option_names  # noqa: E402
+from lightning_align.cli.translate import translate_options  # noqa: E402
 from lightning_align.errors import UserError  # noqa: E402
 
 
