@@ -28,7 +28,8 @@ def draw(fixed: Mapping[int, Mapping[str, Timing]], ppo: Mapping[str, Timing], p
     """Write both panels as a PNG; the title says how many times as fast ours is."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7, 5.6), layout="constrained", facecolor=PAPER)
-        upper, lower = figure.subplots(2, 1, height_ratios=[1.25, 1])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[1.25, 1], facecolor=PAPER)
+        upper, lower = (part.subplots() for part in parts)
         _over_batch(upper, fixed)
         _bars(lower, ppo)
         first, *_ = ppo.values()
@@ -62,7 +63,7 @@ def _over_batch(ax: Axes, fixed: Mapping[int, Mapping[str, Timing]]) -> None:
     ax.set_xlabel("sequences in the batch")
     ax.set_ylabel("tokens / s")
     ax.set_title("Fixed length, a token more of every sequence", loc="left", size="medium", weight="bold")
-    ax.legend(frameon=False, fontsize="small", loc="upper left")
+    ax.legend(frameon=False, fontsize="small", loc="upper left", handlelength=3.5)
     _bare(ax, "y")
 
 
@@ -77,7 +78,7 @@ def _bars(ax: Axes, ppo: Mapping[str, Timing]) -> None:
         times = f"{speedup(timing, timings[0]):.1f} ×" if row else "1 ×"
         ax.annotate(times, (timing.spread[1], row), xytext=(5, 0), textcoords="offset points", va="center")
     ax.invert_yaxis()
-    ax.margins(x=0.1)
+    ax.margins(x=0.14)
     ax.set_xlabel("completion tokens / s")
     ax.set_title("Unequal prompts, samples that end at EOS, log-probs", loc="left", size="medium", weight="bold")
     _bare(ax, "x")

@@ -6,20 +6,25 @@ Every operation has three implementations: ``triton``, ``native`` (fast on a CPU
 
 # Modules never have the name of a public function: importing such a module would put it in the function's place.
 from align_kernels._dispatch import available_impls, why_not
-from align_kernels._types import Reference, TokenStats
+from align_kernels._types import PolicyLoss, Reference, TokenStats
 from align_kernels.api import linear_token_logprobs, token_stats
+from align_kernels.policy_api import linear_policy_loss
+from align_kernels.pref_logps import preference_logps
 from align_kernels.scan_ops import Shaped, VTrace, gae, shaped_advantages
 from align_kernels.shards import merge_vocab_stats
 
 __all__ = [
+    "PolicyLoss",
     "Reference",
     "Shaped",
     "TokenStats",
     "VTrace",
     "available_impls",
     "gae",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "merge_vocab_stats",
+    "preference_logps",
     "shaped_advantages",
     "token_stats",
     "why_not",

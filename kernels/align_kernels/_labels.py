@@ -45,6 +45,6 @@ def chunks(rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def take(values: Tensor, rows: Tensor | None, part: slice) -> Tensor:
+def take(values: Tensor, rows: Tensor | None, part: slice | Tensor) -> Tensor:
     """A part of the chosen rows; all are chosen where ``rows`` is None."""
     return values[part] if rows is None else values.index_select(0, rows[part])

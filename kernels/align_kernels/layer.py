@@ -40,7 +40,7 @@ class Layer:
         """The chunks."""
         return list(chunks(len(self), self.chunk))
 
-    def states(self, part: slice) -> Tensor:
+    def states(self, part: slice | Tensor) -> Tensor:
         """Hidden states of a part of the rows."""
         return take(self.hidden, self.rows, part).to(self.dtype)
 
@@ -69,22 +69,30 @@ class LayerGrads:
 
     @classmethod
     def zeros(
-        cls, layer: Layer, needs: tuple[bool, bool, bool], accum_dtype: torch.dtype | None, sums: int
+        cls,
+        layer: Layer,
+        needs: tuple[bool, bool, bool],
+        accum_dtype: torch.dtype | None,
+        sums: int,
+        rows_may_lack: bool = False,
     ) -> "LayerGrads":
-        """Zeros, to which so many chunks will be added, for what is needed of hidden states, weight and bias."""
+        """Zeros, to which so many chunks will be added, for what is needed of hidden states, weight and bias.
+
+        With ``rows_may_lack`` some rows may never be added.
+        """
         needs_hidden, needs_weight, needs_bias = needs
         wide = statistics_dtype(layer.weight.dtype)
         hidden = weight = bias = None
         if needs_hidden:
-            # without a choice of rows every row will be written
-            hidden = (torch.empty_like if layer.rows is None else torch.zeros_like)(layer.hidden)
+            every = layer.rows is None and not rows_may_lack
+            hidden = (torch.empty_like if every else torch.zeros_like)(layer.hidden)
         if needs_weight:
             weight = layer.weight if sums == 1 else torch.zeros_like(layer.weight, dtype=accum_dtype or wide)
         if needs_bias and layer.bias is not None:
             bias = torch.zeros_like(layer.bias, dtype=wide)
         return cls(hidden, weight, bias, sums == 1)
 
-    def add(self, layer: Layer, part: slice, grad: Tensor, scale: Tensor | None = None) -> None:
+    def add(self, layer: Layer, part: slice | Tensor, grad: Tensor, scale: Tensor | None = None) -> None:
         """Adds a part of the rows: ``grad`` ``[n, V]`` in the dtype of the logits, each row times ``scale`` ``[n]``."""
         rows = None if layer.rows is None else layer.rows[part]
         if self.hidden is not None:

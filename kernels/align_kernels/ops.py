@@ -43,7 +43,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def _check_here(labels: Tensor, check: bool) -> bool:
+def check_here(labels: Tensor, check: bool) -> bool:
     """Labels on the CPU are always checked: it costs no wait."""
     return check or labels.device.type == "cpu"
 
@@ -64,7 +64,7 @@ def _token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, entropy, KL, lse, argmax, log-prob of the label's column, the reference's lse) of rows ``[N]``."""
     wanted = Wanted(temperature, softcap, entropy, argmax, ref_logits is not None, temperature, softcap)
-    check = _check_here(labels, check_labels)
+    check = check_here(labels, check_labels)
     if impl == "triton":
         from align_kernels import token_stats_kernel
 
@@ -258,7 +258,7 @@ def _linear_stats(
         _reference(ref_hidden, ref_weight, ref_bias, layer),
         labels,
         keep=keep,
-        check=shard is None and _check_here(labels, check_labels),
+        check=shard is None and check_here(labels, check_labels),
         shard=shard,
     )
     logp, stats = columns.logp, columns.stats
@@ -324,7 +324,7 @@ def _linear_stats_backward(
     return tuple(_given(grad, hidden) for grad in found)  # type: ignore[return-value]
 
 
-_LAYER = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows"
+LAYER_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? rows"
 _REFERENCE = "Tensor? ref_hidden, Tensor? ref_weight, Tensor? ref_bias"
 _GRADS = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_kl, Tensor? grad_lse"
 
@@ -332,7 +332,7 @@ linear_stats_op = torch.library.custom_op(
     "align_kernels::linear_stats",
     _linear_stats,
     mutates_args=(),
-    schema=f"({_LAYER}, {_REFERENCE}, float temperature, float? softcap, bool entropy, bool argmax, "
+    schema=f"({LAYER_SCHEMA}, {_REFERENCE}, float temperature, float? softcap, bool entropy, bool argmax, "
     "float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, bool check_labels, "
     "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -343,7 +343,7 @@ def _linear_backward_op(name: str, kept: str) -> Any:
         f"align_kernels::{name}",
         _linear_stats_backward,
         mutates_args=("kept",) if "!" in kept else (),
-        schema=f"({_GRADS}, {_LAYER}, {_REFERENCE}, Tensor[] stats, Tensor known, {kept} kept, float temperature, "
+        schema=f"({_GRADS}, {LAYER_SCHEMA}, {_REFERENCE}, Tensor[] stats, Tensor known, {kept} kept, float temperature, "
         "float? softcap, float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, "
         "bool[] needs, str impl) -> (Tensor, Tensor, Tensor)",
     )

@@ -77,20 +77,17 @@ def kl_term(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
     return {"k1": d, "k2": d**2 / 2, "k3": torch.expm1(-d) + d}[estimator]
 
 
-def sequence_sum(values: Tensor, seq_ids: Tensor, num_seqs: int) -> Tensor:
-    """Σ of the values of each sequence, by a loop."""
-    return torch.stack([values[seq_ids == i].sum() for i in range(num_seqs)]) if num_seqs else values[:0]
-
-
 def policy_loss(
     logp: Tensor,
     entropy: Tensor,
     counted: Tensor,
     old_logp: Tensor,
     advantages: Tensor,
-    *,
+    weights: Tensor,
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
+    seq_ids: Tensor | None = None,
+    *,
     loss: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -100,20 +97,17 @@ def policy_loss(
     entropy_coef: float = 0.0,
     ratio: str = "token",
     tis_cap: float | None = None,
-    normalizer: Tensor | None = None,
-    seq_ids: Tensor | None = None,
 ) -> PolicyLoss:
-    """The loss of log-probs ``[N]``, of the counted tokens; see :func:`align_kernels.linear_policy_loss`."""
+    """The loss of tokens ``[N]``, of those counted; ``weights`` multiply it. See ``linear_policy_loss``."""
     zero = torch.zeros_like(logp)
-    old_logp, advantages = (torch.where(counted, values.to(logp.dtype), zero) for values in (old_logp, advantages))
     log_ratio = torch.where(counted, logp - old_logp, zero)
     d = log_ratio
     if ratio == "sequence":
         assert seq_ids is not None
-        ids = torch.where(counted, seq_ids, 0)
-        sums = torch.stack([torch.where(counted & (ids == i), d, zero).sum() for i in range(len(d))])
-        sizes = torch.stack([(counted & (ids == i)).sum() for i in range(len(d))])
-        d = torch.where(counted, (sums / sizes.clamp(min=1))[ids], zero)
+        d = zero
+        for sequence in seq_ids.unique():
+            tokens = counted & (seq_ids == sequence)
+            d = torch.where(tokens, log_ratio[tokens].mean(), d)
     r = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     if loss == "cispo":
         per_token = -r.detach().clamp(max=1 + clip_high) * advantages * logp
@@ -125,26 +119,16 @@ def policy_loss(
             per_token = torch.where(advantages < 0, torch.minimum(per_token, -clip_ratio_c * advantages), per_token)
     if tis_cap is not None:
         assert rollout_logp is not None
-        per_token = per_token * torch.where(counted, old_logp - rollout_logp, zero).exp().clamp(max=tis_cap).detach()
+        per_token = per_token * (old_logp - rollout_logp).exp().clamp(max=tis_cap)
     if ref_logp is not None:
-        per_token = per_token + kl_coef * kl_term(
-            logp, torch.where(counted, ref_logp.to(logp.dtype), logp), kl_estimator
-        )
-    per_token = per_token - entropy_coef * entropy
-    count = counted.sum()
-    if normalizer is None:
-        weights = torch.ones_like(logp) / count.clamp(min=1)
-    elif normalizer.dim() == 0:
-        weights = torch.ones_like(logp) / normalizer
-    else:
-        assert seq_ids is not None
-        weights = normalizer[torch.where(counted, seq_ids, 0)]
+        per_token = per_token + kl_coef * kl_term(logp, ref_logp, kl_estimator)
+    per_token = torch.where(counted, (per_token - entropy_coef * entropy) * weights, zero)
     return PolicyLoss(
-        torch.where(counted, per_token * weights, zero).sum(),
+        per_token.sum(),
         torch.where(counted, logp, zero).detach(),
         torch.where(counted, entropy, zero).detach(),
         torch.where(counted, r, zero).detach(),
         (low & counted).sum(),
         (high & counted).sum(),
-        (log_ratio.detach() ** 2 / 2).sum() / count.clamp(min=1),
+        (log_ratio.detach() ** 2 / 2).sum() / counted.sum().clamp(min=1),
     )

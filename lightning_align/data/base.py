@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -84,6 +85,7 @@ class BaseDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
         self.on_bad_record = on_bad_record
+        self.skips_bad = on_bad_record == "skip"
         self.on_overflow = on_overflow
         self.playground = playground or {}
         self.shuffle = shuffle
@@ -164,7 +166,7 @@ class BaseDataModule(L.LightningDataModule):
 
     def _tabulated(self, source: Split, tokenizer: PreTrainedTokenizerBase, limit: Limit) -> tuple[Arrays, Counts]:
         records, places = source
-        options = {"kind": self.kind, "limit": limit.tokens, "on_overflow": limit.on_overflow, **self.options()}
+        options = {"kind": self.kind, **asdict(limit), "skips_bad": self.skips_bad, **self.options()}
         return cached(
             cache_folder(self.cache_dir),
             tokenizer,

@@ -97,7 +97,7 @@ class SFTDataModule(BaseDataModule):
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
     ) -> tuple[Arrays, Counts]:
         """Prompts with completions, or conversations."""
-        return sft_table(tokenizer, records, places, limit, self.loss_on)
+        return sft_table(tokenizer, records, places, limit, self.loss_on, skip_bad=self.skips_bad)
 
     def options(self) -> dict[str, Any]:
         """Where the loss is."""
@@ -154,7 +154,12 @@ class PreferenceDataModule(BaseDataModule):
         """Answers with their prompts, and pairs of them."""
         chosen = [i for i, record in enumerate(records) if self.aspect in (None, record.get("aspect"))]
         table, counts = preference_table(
-            tokenizer, [records[i] for i in chosen], [places[i] for i in chosen], limit, self.ties
+            tokenizer,
+            [records[i] for i in chosen],
+            [places[i] for i in chosen],
+            limit,
+            self.ties,
+            skip_bad=self.skips_bad,
         )
         for index in sorted(set(range(len(records))) - set(chosen)):
             counts.drop(f"not of aspect {self.aspect}", places[index])
@@ -187,8 +192,11 @@ class PreferenceDataModule(BaseDataModule):
             self.report.note("pairs with a margin of their own", own)
 
     def reference_dataloader(self) -> EvalLoader:
-        """The training answers in order, on every process, to fix the zero of the scores."""
-        return EvalLoader(self.datasets["train"], batch_size=self.eval_batch_size)
+        """The training answers, on every process, to fix the zero of the scores.
+
+        The order is random, and the same every time: the first batches stand for all, even where the file is sorted.
+        """
+        return EvalLoader(self.datasets["train"], batch_size=self.eval_batch_size, shuffle=True)
 
 
 class PromptDataModule(BaseDataModule):
@@ -210,7 +218,7 @@ class PromptDataModule(BaseDataModule):
         self, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
     ) -> tuple[Arrays, Counts]:
         """Prompts."""
-        return prompt_table(tokenizer, records, places, limit)
+        return prompt_table(tokenizer, records, places, limit, skip_bad=self.skips_bad)
 
     def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
         """Prompts with their records."""

@@ -46,7 +46,8 @@ def derive(
         on_error: Called with place and fault of a record from which none can be made.
 
     Returns:
-        The new records, and reason and place of each record that rightly gave none (a tie has no better side).
+        The new records, and reason and place of each record that rightly gave none (a tie has no better side), and
+        of each pair whose answers are equal.
     """
     if source == "scored":
         return _from_scores(wanted, items, on_error)
@@ -59,10 +60,12 @@ def derive(
         except RecordError as error:
             on_error(place, error)
             continue
-        keep = extras if wanted == "prompt" else {}
-        made += [Item(place, {**keep, **new}, {}) for new in records]
         if not records:
             dropped.append((derivation.none_because, place))
+        different = [new for new in records if not _is_equal_pair(new)]
+        dropped += [("pairs of equal answers", place)] * (len(records) - len(different))
+        keep = extras if wanted == "prompt" else {}
+        made += [Item(place, {**keep, **new}, {}) for new in different]
     return made, dropped
 
 
@@ -104,7 +107,11 @@ def _pairs(record: Record) -> list[Record]:
         if order[first] != order[second]:
             better, worse = (first, second) if order[first] < order[second] else (second, first)
             pairs.append({"prompt": record["prompt"], "chosen": completions[better], "rejected": completions[worse]})
-    return [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    return pairs
+
+
+def _is_equal_pair(record: Record) -> bool:
+    return "chosen" in record and record["chosen"] == record["rejected"]
 
 
 def _order(record: Record) -> list[float]:

@@ -4,26 +4,25 @@ A prompt is tokenised once and the completion is appended to it, so that trainin
 prompt ids, then completion ids. The token that ends the assistant's turn carries loss, the header of the turn does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_align.data.templates import (
     ASSISTANT,
     Completion,
+    ConversationError,
     Message,
     Prompt,
     conventions,
-    place_prefix,
     raw_ids,
     render,
     tokenise,
     tokenise_each_once,
 )
 from lightning_align.data.turns import Turns, assistant_turns, inferred_turns, marked_turns
-from lightning_align.errors import UserError
 
 LossOn = Literal["completion", "assistant", "all"]
 GUARD = "\n"
@@ -37,12 +36,16 @@ class Encoded(NamedTuple):
         loss_mask: Which tokens carry loss.
         prompt_length: Number of tokens before the first completion.
         split_seam: Whether a token would lie across prompt and completion if they were tokenised as one text.
+        turns_without_loss: Turns of the assistant that should carry loss, but are not to be told from the others.
+        other_header: Whether the template begins an answer with something else than its own generation prompt.
     """
 
     input_ids: list[int]
     loss_mask: list[bool]
     prompt_length: int
     split_seam: bool = False
+    turns_without_loss: int = 0
+    other_header: bool = False
 
     @property
     def completion_mask(self) -> list[bool]:
@@ -106,15 +109,19 @@ def encode_pairs(
         elif isinstance(completion, str):
             plain[index] = (prompt, completion)
         else:
-            raise UserError(
-                f"{place_prefix(places, index)}the prompt is text but the completion is a list of messages: "
+            reason = (
+                "the prompt is text but the completion is a list of messages: "
                 "both must be text, or the prompt a list of messages too"
             )
+            raise ConversationError(reason, places, index)
     targets = [
         [turn for turn in assistant_turns(messages) if turn >= len(prompts[index])] for index, messages in chats.items()
     ]
     chat_places = None if places is None else [places[index] for index in chats]
     turns = inferred_turns(tokenizer, list(chats.values()), targets, finished=finished, places=chat_places)
+    for number, (found, own) in enumerate(zip(turns, targets, strict=True)):
+        if len(found.spans) < len(own):
+            raise ConversationError("the completion cannot be told from the prompt", chat_places, number)
     encoded = dict(zip(plain, _encode_plain(tokenizer, list(plain.values()), finished), strict=True))
     encoded |= dict(zip(chats, _encode_turns(tokenizer, turns), strict=True))
     return [encoded[index] for index in range(len(prompts))]
@@ -137,13 +144,13 @@ def encode_conversations(
         places: Where each conversation comes from, for error messages.
 
     Raises:
-        UserError: If no token carries loss, or the assistant's tokens cannot be told from the others.
+        ConversationError: If no token carries loss, or the assistant's tokens cannot be told from the others.
     """
     targets = [_targets(messages, loss_on) for messages in conversations]
     for index, own in enumerate(targets):
         if not own and loss_on != "all":
             what = "does not end with the assistant's" if loss_on == "completion" else "has no assistant's"
-            raise UserError(f"{place_prefix(places, index)}the conversation {what} message: there is nothing to learn")
+            raise ConversationError(f"the conversation {what} message: there is nothing to learn", places, index)
     if loss_on == "assistant" and conventions(tokenizer).has_markers:
         return _encode_turns(tokenizer, marked_turns(tokenizer, conversations, places=places))
     encoded = _encode_turns(tokenizer, inferred_turns(tokenizer, conversations, targets, places=places))
@@ -156,6 +163,40 @@ def _targets(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
     """The assistant's messages that are to be found; where everything is learnt, only the end of the last matters."""
     turns = assistant_turns(messages)
     return turns if loss_on == "assistant" else [turn for turn in turns[-1:] if turn == len(messages) - 1]
+
+
+def encode_sft(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Mapping[str, Any]], places: Sequence[str], loss_on: LossOn
+) -> list[Encoded]:
+    """Demonstrations as long as they are."""
+    whole = ["messages" in record or (loss_on != "completion" and _is_chat(record)) for record in records]
+    dialogues = [index for index, is_whole in enumerate(whole) if is_whole]
+    others = [index for index, is_whole in enumerate(whole) if not is_whole]
+    conversations = encode_conversations(
+        tokenizer,
+        [_messages(records[index]) for index in dialogues],
+        "assistant" if loss_on == "completion" else loss_on,
+        places=[places[index] for index in dialogues],
+    )
+    encoded = dict(zip(dialogues, conversations, strict=True))
+    pairs = encode_pairs(
+        tokenizer,
+        [records[index]["prompt"] for index in others],
+        [records[index]["completion"] for index in others],
+        places=[places[index] for index in others],
+    )
+    if loss_on == "all":
+        pairs = [pair._replace(loss_mask=[True] * len(pair.input_ids)) for pair in pairs]
+    encoded |= dict(zip(others, pairs, strict=True))
+    return [encoded[index] for index in range(len(records))]
+
+
+def _is_chat(record: Mapping[str, Any]) -> bool:
+    return not isinstance(record["prompt"], str)
+
+
+def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list(record["messages"]) if "messages" in record else [*record["prompt"], *record["completion"]]
 
 
 # ---------------------------------------------------------------------- joining
@@ -199,7 +240,9 @@ def _encode_turns(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Tu
         if conversation.needs_eos:
             pieces[len(conversation.spans) * 2 - 1].append(eos)
         mask = [number % 2 == 1 for number, piece in enumerate(pieces) for _ in piece]
-        result.append(Encoded([i for piece in pieces for i in piece], mask, len(pieces[0]), split))
+        ids = [i for piece in pieces for i in piece]
+        found = (conversation.num_unfound, conversation.other_header)
+        result.append(Encoded(ids, mask, len(pieces[0]), split, *found))
     return result
 
 

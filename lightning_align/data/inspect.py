@@ -8,10 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from lightning_align.data.encode import Encoded, LossOn, encode_pairs, encode_prompts, encode_texts
+from lightning_align.data.encode import Encoded, LossOn, encode_pairs, encode_prompts, encode_sft, encode_texts
 from lightning_align.data.records import Kind
 from lightning_align.data.tables import Limit
-from lightning_align.data.tabulate import encode_sft
 from lightning_align.data.templates import Conventions, Message, conventions, render
 
 HERE = ["this record"]

@@ -15,6 +15,7 @@ from lightning_align.data.collate import Batch, Batchable
 from lightning_align.errors import UserError
 
 Ints = NDArray[np.int64]
+EVAL_SEED = 20_000  # of the order of evaluations, which no other seed changes
 MEGABATCH = 32  # windows within which elements are sorted by length
 
 
@@ -156,7 +157,10 @@ class StreamLoader(TrainLoader):
 
 
 class EvalLoader:
-    """Every element once, in order; process r of n takes every n-th batch.
+    """Every element once, in the same order every time; process r of n takes every n-th batch.
+
+    Whoever takes only the first batches (``limit_val_batches``) gets elements of every length: batches made by length
+    come in a random order.
 
     Args:
         data: What to batch.
@@ -164,7 +168,8 @@ class EvalLoader:
         world_size: Number of processes.
         rank: This process.
         fill: Whether a process without a batch gets an empty one, so that all take as many steps.
-        by_length: Start with the longest elements, so that batches need less padding.
+        by_length: Batch elements of similar length, so that batches need less padding; the batches are shuffled.
+        shuffle: Draw the elements in a random order instead of theirs.
     """
 
     def __init__(
@@ -176,10 +181,15 @@ class EvalLoader:
         rank: int = 0,
         fill: bool = True,
         by_length: bool = False,
+        shuffle: bool = False,
     ) -> None:
         self.data = data
-        order = np.argsort(-data.lengths, kind="stable") if by_length else np.arange(len(data))
+        order = epoch_order(len(data), EVAL_SEED, 0, shuffle=shuffle)
+        if by_length:
+            order = np.argsort(-data.lengths, kind="stable")
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if by_length:
+            batches = [batches[number] for number in epoch_order(len(batches), EVAL_SEED, 0)]
         if fill and batches:
             batches += [order[:0]] * (-len(batches) % world_size)
         self.batches = batches[rank::world_size]

@@ -9,6 +9,7 @@ from lightning_align.data.readers import Loaded, available_splits, load_records
 from lightning_align.data.records import Kind
 from lightning_align.data.report import Report
 from lightning_align.data.sources import PLAYGROUND
+from lightning_align.data.templates import ASSISTANT
 
 SplitName = Literal["train", "val", "test"]
 TEXT_FIELDS = ("text", "prompt", "messages", "completion", "chosen", "rejected", "completions")
@@ -113,8 +114,9 @@ def _select(split: Split, indices: Sequence[int]) -> Split:
 def hold_out(records: Sequence[Mapping[str, Any]], fraction: float) -> list[bool]:
     """Which records belong to the validation set, by a hash of their prompt: neither order nor added records move any.
 
-    All records of one prompt (or text) are on the same side. There is at least one on each side, as long as there are
-    two different prompts; a fraction of 0 holds out nothing.
+    All records of one prompt (or text, or what a conversation begins with before its first answer) are on the same
+    side. There is at least one on each side, as long as there are two different prompts; a fraction of 0 holds out
+    nothing.
     """
     numbers = [_number(record) for record in records]
     different = sorted(set(numbers))
@@ -127,8 +129,20 @@ def hold_out(records: Sequence[Mapping[str, Any]], fraction: float) -> list[bool
 def _number(record: Mapping[str, Any]) -> float:
     """Evenly distributed on [0, 1), the same for the same prompt."""
     content = next(record[name] for name in ("text", "prompt", "messages") if name in record)
+    if "messages" in record:
+        content = _question(content)
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
+
+
+def _question(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The turns before the first answer; a greeting, which answers nobody, is none. Without an answer, all turns."""
+    asked = False
+    for index, message in enumerate(messages):
+        if asked and message["role"] == ASSISTANT:
+            return messages[:index]
+        asked = asked or message["role"] == "user"
+    return messages
 
 
 def texts(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:

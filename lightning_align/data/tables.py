@@ -4,16 +4,19 @@ Lists of unequal length are stored end to end with the index where each starts, 
 arrays, which can be hashed, cached and mapped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_align.data.encode import Encoded
 from lightning_align.data.report import Report
+from lightning_align.data.templates import ConversationError
 from lightning_align.errors import UserError
 
+T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
 OnOverflow = Literal["error", "drop", "truncate"]
 
@@ -32,6 +35,8 @@ class Counts:
         sequences: Completions, documents or conversations.
         ended: Those whose last token ends them, and carries loss.
         split_seams: Those whose completion begins within a token of prompt and completion taken as one text.
+        turns_without_loss: Turns of the assistant that should carry loss, but could not be told from the others.
+        other_headers: Sequences in which an answer begins with something else than the generation prompt.
         dropped: Number of records left out, and the place of the first, by reason.
     """
 
@@ -44,6 +49,8 @@ class Counts:
     sequences: int = 0
     ended: int = 0
     split_seams: int = 0
+    turns_without_loss: int = 0
+    other_headers: int = 0
     dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def drop(self, reason: str, place: str) -> None:
@@ -59,12 +66,15 @@ class Counts:
         self.truncated += tokens_cut > 0
         self.tokens_cut += tokens_cut
 
-    def add_sequence(self, *, had_end: bool, has_end: bool, split_seam: bool = False) -> None:
+    def add_sequence(self, *, had_end: bool, has_end: bool, encoded: Encoded | None = None) -> None:
         """Count a completion, document or conversation."""
         self.sequences += 1
         self.ended += has_end
         self.ends_lost += had_end and not has_end
-        self.split_seams += split_seam
+        if encoded is not None:
+            self.split_seams += encoded.split_seam
+            self.turns_without_loss += encoded.turns_without_loss
+            self.other_headers += encoded.other_header
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, texts and lists."""
@@ -91,6 +101,10 @@ class Counts:
             "tokens cut": self.tokens_cut,
             "EOS lost by truncation": self.ends_lost,
             "completions that begin within a token of the prompt": self.split_seams,
+            "assistant turns without loss: template writes them differently inside a conversation": (
+                self.turns_without_loss
+            ),
+            "sequences whose answer does not begin with the template's generation prompt": self.other_headers,
         }
         for name, value in losses.items():
             if value:
@@ -124,6 +138,30 @@ class Limit:
         """Tokens to keep: the prompt gives way first, down to half of the room, then the completion loses its end."""
         keep = min(completion, self.tokens - min(prompt, self.tokens // 2))
         return min(prompt, self.tokens - keep), keep
+
+
+def encode_good(
+    encode: Callable[[Sequence[Any], Sequence[str]], Sequence[T]],
+    records: Sequence[Any],
+    places: Sequence[str],
+    counts: Counts,
+    skip_bad: bool,
+) -> list[T | None]:
+    """What ``encode`` makes of the records; None, and counted, for those that it refuses, if these are to be skipped.
+
+    Whoever is refused is found by halving.
+    """
+    try:
+        return list(encode(records, places))
+    except ConversationError as error:
+        if not skip_bad:
+            raise UserError(f"{error} (on_bad_record: skip drops such records)") from error
+        if len(records) == 1:
+            counts.drop(error.reason, places[0])
+            return [None]
+    middle = len(records) // 2
+    halves = ((records[:middle], places[:middle]), (records[middle:], places[middle:]))
+    return [row for half in halves for row in encode_good(encode, *half, counts, skip_bad)]
 
 
 def keep_last(ids: list[int], number: int, bos_id: int | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any, Literal
 
@@ -11,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from lightning_align.data.encode import (
     Encoded,
     LossOn,
-    encode_conversations,
     encode_pairs,
     encode_prompts,
+    encode_sft,
     encode_texts,
 )
-from lightning_align.data.tables import Arrays, Counts, Limit, flat, joined, keep_last
+from lightning_align.data.tables import Arrays, Counts, Limit, encode_good, flat, joined, keep_last
 from lightning_align.data.templates import Conventions, conventions
 from lightning_align.losses.reward_metrics import STRENGTHS
 
@@ -58,13 +59,18 @@ def sft_table(
     places: Sequence[str],
     limit: Limit,
     loss_on: LossOn,
+    *,
+    skip_bad: bool = False,
 ) -> tuple[Arrays, Counts]:
     """Demonstrations. A ``messages`` record has no completion of its own: its assistant turns take that place."""
     counts, parts, known = Counts(), [], conventions(tokenizer)
+    encode = partial(encode_sft, tokenizer, loss_on=loss_on)
     for first, chunk, own_places in chunks(records, places):
         rows: list[Row] = []
-        for index, encoded in enumerate(encode_sft(tokenizer, chunk, own_places, loss_on)):
+        for index, encoded in enumerate(encode_good(encode, chunk, own_places, counts, skip_bad)):
             place, weight = own_places[index], float(chunk[index].get("weight", 1.0))
+            if encoded is None:
+                continue
             if weight == 0:
                 counts.drop("its weight is 0", place)
                 continue
@@ -73,40 +79,6 @@ def sft_table(
                 rows.append((*fitted, weight, first + index))
         parts.append(_language_model_arrays(rows))
     return joined(parts, {"starts": "ids"}), counts
-
-
-def encode_sft(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], loss_on: LossOn
-) -> list[Encoded]:
-    """Demonstrations as long as they are."""
-    whole = ["messages" in record or (loss_on != "completion" and _is_chat(record)) for record in records]
-    dialogues = [index for index, is_whole in enumerate(whole) if is_whole]
-    others = [index for index, is_whole in enumerate(whole) if not is_whole]
-    conversations = encode_conversations(
-        tokenizer,
-        [_messages(records[index]) for index in dialogues],
-        "assistant" if loss_on == "completion" else loss_on,
-        places=[places[index] for index in dialogues],
-    )
-    encoded = dict(zip(dialogues, conversations, strict=True))
-    pairs = encode_pairs(
-        tokenizer,
-        [records[index]["prompt"] for index in others],
-        [records[index]["completion"] for index in others],
-        places=[places[index] for index in others],
-    )
-    if loss_on == "all":
-        pairs = [pair._replace(loss_mask=[True] * len(pair.input_ids)) for pair in pairs]
-    encoded |= dict(zip(others, pairs, strict=True))
-    return [encoded[index] for index in range(len(records))]
-
-
-def _is_chat(record: Record) -> bool:
-    return not isinstance(record["prompt"], str)
-
-
-def _messages(record: Record) -> list[dict[str, Any]]:
-    return list(record["messages"]) if "messages" in record else [*record["prompt"], *record["completion"]]
 
 
 def _fit(
@@ -126,7 +98,7 @@ def _fit(
         return None
     had_end, has_end = _ends(ids, mask, known), _ends(kept, kept_mask, known)
     counts.add_record(len(kept), sum(kept_mask[1:]), tokens_cut=len(ids) - len(kept))
-    counts.add_sequence(had_end=had_end, has_end=has_end, split_seam=encoded.split_seam)
+    counts.add_sequence(had_end=had_end, has_end=has_end, encoded=encoded)
     return kept, kept_mask
 
 
@@ -147,13 +119,25 @@ def _language_model_arrays(rows: Sequence[Row]) -> Arrays:
 
 # ---------------------------------------------------------------------- prompts
 def prompt_table(
-    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str], limit: Limit
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    places: Sequence[str],
+    limit: Limit,
+    *,
+    skip_bad: bool = False,
 ) -> tuple[Arrays, Counts]:
     """Prompts; one that is too long loses its beginning."""
     counts, parts, bos = Counts(), [], conventions(tokenizer).bos_id
+
+    def encode(prompts: Sequence[Any], own_places: Sequence[str]) -> list[list[int]]:
+        return encode_prompts(tokenizer, prompts, places=own_places)
+
     for first, chunk, own_places in chunks(records, places):
         rows, kept_records = [], []
-        for index, ids in enumerate(encode_prompts(tokenizer, [r["prompt"] for r in chunk], places=own_places)):
+        prompts = [record["prompt"] for record in chunk]
+        for index, ids in enumerate(encode_good(encode, prompts, own_places, counts, skip_bad)):
+            if ids is None:
+                continue
             if not ids:
                 counts.drop("the prompt has no token", own_places[index])
             elif limit.admits({"prompt": len(ids)}, own_places[index], counts):
@@ -184,25 +168,37 @@ def preference_table(
     places: Sequence[str],
     limit: Limit,
     ties: Ties,
+    *,
+    skip_bad: bool = False,
 ) -> tuple[Arrays, Counts]:
     """Comparisons and rankings: one prompt with its answers, each once, and the pairs of them that are compared.
 
     All answers of a prompt see the same part of it.
     """
     counts, parts, known = Counts(), [], conventions(tokenizer)
+    encode = partial(_encode_answers, tokenizer)
     for first, chunk, own_places in chunks(records, places):
-        answers = [_answers(record) for record in chunk]
-        prompts = [record["prompt"] for record, own in zip(chunk, answers, strict=True) for _ in own]
-        where = [place for place, own in zip(own_places, answers, strict=True) for _ in own]
-        encoded = iter(encode_pairs(tokenizer, prompts, [answer for own in answers for answer in own], places=where))
         groups = []
-        for index, record in enumerate(chunk):
-            rows = [next(encoded) for _ in answers[index]]
+        encoded = encode_good(encode, chunk, own_places, counts, skip_bad)
+        for index, (record, rows) in enumerate(zip(chunk, encoded, strict=True)):
+            if rows is None:
+                continue
             group = _group(rows, _pairs(record, ties), own_places[index], limit, counts, known)
             if group is not None:
                 groups.append((*group, float(record.get("weight", 1.0)), first + index))
         parts.append(_preference_arrays(groups))
     return joined(parts, {"starts": "ids", "groups": "prompt_length", "pair_groups": "chosen"}), counts
+
+
+def _encode_answers(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], places: Sequence[str]
+) -> list[list[Encoded]]:
+    """The answers of each record."""
+    answers = [_answers(record) for record in records]
+    prompts = [record["prompt"] for record, own in zip(records, answers, strict=True) for _ in own]
+    where = [place for place, own in zip(places, answers, strict=True) for _ in own]
+    encoded = iter(encode_pairs(tokenizer, prompts, [answer for own in answers for answer in own], places=where))
+    return [[next(encoded) for _ in own] for own in answers]
 
 
 def _answers(record: Record) -> list[Any]:
@@ -253,7 +249,7 @@ def _group(
     counts.add_record(sum(len(head) + len(a) for a in kept), sum(len(a) for a in kept), tokens_cut=cut)
     for row, whole, part in zip(rows, answers, kept, strict=True):
         had_end = whole[-1:] != [] and whole[-1] in known.end_ids
-        counts.add_sequence(had_end=had_end, has_end=had_end and len(part) == len(whole), split_seam=row.split_seam)
+        counts.add_sequence(had_end=had_end, has_end=had_end and len(part) == len(whole), encoded=row)
     return [head + answer for answer in kept], len(head), pairs
 
 

@@ -18,9 +18,21 @@ Completion = str | list[Message]
 Span = tuple[int, int]
 
 ASSISTANT = "assistant"
-PROBE = "Ja."  # an answer that no template contains
+PROBE, OTHER_PROBE = "Ja.", "Non."  # answers that no template contains, different from the first character
 GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
+class ConversationError(UserError):
+    """What is wrong with one conversation; others may be fine.
+
+    Attributes:
+        reason: What is wrong, without its place, so that equal faults count together.
+    """
+
+    def __init__(self, reason: str, places: Sequence[str] | None, index: int) -> None:
+        super().__init__(f"{place_prefix(places, index)}{reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +148,8 @@ def render(
         places: Where each conversation comes from, for error messages.
 
     Raises:
-        UserError: If there is no chat template, or it refuses a conversation.
+        UserError: If there is no chat template.
+        ConversationError: If it refuses a conversation.
     """
     batch = _checked(tokenizer, conversations, places)
     try:
@@ -194,7 +207,5 @@ def _blame(
             _apply(tokenizer, [messages], add_generation_prompt)
         except TEMPLATE_ERRORS as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"{place_prefix(places, index)}the chat template refuses the conversation: {reason}"
-            ) from error
+            raise ConversationError(f"the chat template refuses the conversation: {reason}", places, index) from error
     raise AssertionError("the template refused the conversations together, but none of them alone")

@@ -1,21 +1,23 @@
 """Which part of a rendered conversation is the assistant's: whole turns with their end, without their header."""
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_align.data.templates import (
     ASSISTANT,
+    OTHER_PROBE,
+    PROBE,
     Conventions,
+    ConversationError,
     Message,
     Span,
     conventions,
-    place_prefix,
     render,
     render_marked,
 )
-from lightning_align.errors import UserError
 
 
 class Turns(NamedTuple):
@@ -24,12 +26,17 @@ class Turns(NamedTuple):
     Attributes:
         text: What the template makes of it; nothing follows the end of the last turn, if that is the assistant's.
         spans: The assistant's turns as character spans, each through the token that ends it.
+            One that begins somewhere but whose end is not found is empty.
         needs_eos: Whether the template ends the last turn with no special token, so that EOS must be added.
+        num_unfound: Turns of the assistant that are not found.
+        other_header: Whether some turn begins with something else than the generation prompt.
     """
 
     text: str
     spans: list[Span]
     needs_eos: bool
+    num_unfound: int = 0
+    other_header: bool = False
 
 
 def assistant_turns(messages: Sequence[Message]) -> list[int]:
@@ -49,9 +56,7 @@ def marked_turns(
     result = []
     for index, (text, own) in enumerate(zip(texts, spans, strict=True)):
         if not any(stop > start for start, stop in own):
-            raise UserError(
-                f"{place_prefix(places, index)}the chat template's markers enclose none of the conversation"
-            )
+            raise ConversationError("the chat template's markers enclose none of the conversation", places, index)
         ends_with_answer = conversations[index][-1]["role"] == ASSISTANT
         result.append(_with_ends(text, own, known, ends_with_answer, True))
     return result
@@ -67,35 +72,83 @@ def inferred_turns(
 ) -> list[Turns]:
     """The turns ``targets`` of each conversation, by comparing renderings.
 
-    A turn is what stands between the conversation up to it, with the generation prompt, and the one through it.
+    A turn is what stands between the conversation up to it, with the generation prompt, and the one through it. A
+    template may write a turn differently once others follow (Qwen3 drops what was thought): such a turn is not found.
 
     Raises:
-        UserError: If the template rewrites a turn once something follows it, so that neither is a prefix of the whole.
+        ConversationError: If none of the turns of a conversation is found.
     """
     texts = render(tokenizer, conversations, places=places)
     turns = [(index, turn) for index, own in enumerate(targets) for turn in own]
-    turn_places = None if places is None else [places[index] for index, _ in turns]
-    before = render(
-        tokenizer, [conversations[i][:turn] for i, turn in turns], add_generation_prompt=True, places=turn_places
-    )
+    starts = _starts(tokenizer, conversations, turns, texts, places)
     inner = [(i, turn) for i, turn in turns if turn + 1 < len(conversations[i])]
     rendered = render(tokenizer, [conversations[i][: turn + 1] for i, turn in inner])
     through = dict(zip(inner, rendered, strict=True))
     known = conventions(tokenizer)
-    spans: list[list[Span]] = [[] for _ in texts]
-    for (index, turn), head in zip(turns, before, strict=True):
-        start, stop = len(head), _shared_length(texts[index], through.get((index, turn), texts[index]), known)
-        if not texts[index].startswith(head) or stop is None or stop <= start:
-            raise UserError(
-                f"{place_prefix(places, index)}message {turn + 1} cannot be told from its surroundings, because the "
-                "chat template rewrites messages once others follow: use a template with {% generation %} markers, or "
-                "records of prompt and completion"
+    result = []
+    for index, (text, own, messages) in enumerate(zip(texts, targets, conversations, strict=True)):
+        spans = {}
+        for turn in own:
+            start = starts[index, turn]
+            stop = _shared_length(text, through.get((index, turn), text), known)
+            if start is not None:  # where a turn begins is worth knowing even if its end is not
+                spans[turn] = (start.at, start.at if stop is None else max(start.at, stop))
+        found = [turn for turn, (start_at, stop_at) in spans.items() if start_at < stop_at]
+        if own and not found:
+            reason = (
+                f"message {own[-1] + 1} cannot be told from its surroundings, because the chat template writes "
+                "messages differently once others follow: use a template with {% generation %} markers"
             )
-        spans[index].append((start, stop))
-    return [
-        _with_ends(text, own, known, bool(turns) and turns[-1] == len(messages) - 1, finished)
-        for text, own, messages, turns in zip(texts, spans, conversations, targets, strict=True)
+            raise ConversationError(reason, places, index)
+        ended = _with_ends(text, list(spans.values()), known, len(messages) - 1 in found, finished)
+        differs = any(start is not None and not start.as_prompted for start in (starts[index, turn] for turn in own))
+        result.append(ended._replace(num_unfound=len(own) - len(found), other_header=differs))
+    return result
+
+
+class _Start(NamedTuple):
+    """Where a turn begins, and whether just behind the generation prompt."""
+
+    at: int
+    as_prompted: bool
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    turns: Sequence[tuple[int, int]],
+    texts: Sequence[str],
+    places: Sequence[str] | None,
+) -> dict[tuple[int, int], _Start | None]:
+    """Where each (conversation, message) begins in its text: behind the generation prompt, up to white space.
+
+    A template whose generation prompt is not what it writes before an answer (DeepSeek-R1 opens a thought) is asked for
+    two different answers: the turn begins behind what they share. None for a turn that is not found.
+    """
+    own_places = None if places is None else [places[index] for index, _ in turns]
+    before = [conversations[index][:turn] for index, turn in turns]
+    heads = render(tokenizer, before, add_generation_prompt=True, places=own_places)
+    found: dict[tuple[int, int], _Start | None] = {}
+    for key, head in zip(turns, heads, strict=True):
+        shared = len(_common(texts[key[0]], head))
+        found[key] = _Start(shared, shared == len(head)) if shared >= len(head.rstrip()) else None
+    unclear = [(key, messages) for key, messages in zip(turns, before, strict=True) if found[key] is None]
+    probes = [
+        render(tokenizer, [[*messages, {"role": ASSISTANT, "content": probe}] for _, messages in unclear])
+        for probe in (PROBE, OTHER_PROBE)
     ]
+    for (key, _), first, second in zip(unclear, *probes, strict=True):
+        head = _common(first, second)
+        if texts[key[0]].startswith(head):
+            found[key] = _Start(len(head), False)
+    return found
+
+
+def _common(first: str, second: str) -> str:
+    """What both begin with."""
+    if first.startswith(second):
+        return second
+    return commonprefix([first, second])  # noqa: RUF071 (they are no paths)
 
 
 def _shared_length(text: str, prefix: str, known: Conventions) -> int | None:
@@ -120,7 +173,7 @@ def _last_piece(text: str, known: Conventions) -> int:
 
 
 def _with_ends(text: str, spans: list[Span], known: Conventions, last_is_target: bool, finished: bool) -> Turns:
-    ends = [_end(text, span, known) for span in spans]
+    ends = [_end(text, span, known) if span[0] < span[1] else None for span in spans]
     stops = [stop if end is None else end[1] for (_, stop), end in zip(spans, ends, strict=True)]
     needs_eos = False
     if last_is_target:

@@ -20,6 +20,7 @@ from lightning_align.rollout.projection import Projection, make_projection
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # rotations that depend on the position alone
 
 
+@torch.no_grad()
 def build_plan(model: PreTrainedModel) -> DecoderPlan:
     """The plan of a model over its present weights; a UserError when no adapter fits it."""
     adapter = ADAPTERS.get(type(model).__name__)

@@ -114,7 +114,7 @@ RECORDS: dict[str, tuple[str, str, list[str], str]] = {
         "sft",
         jsonl(*CHATS, role("tool")),
         [],
-        "bad.jsonl line 13: the chat template refuses the conversation: unknown role tool",
+        f"bad.jsonl line 13: the chat template refuses the conversation: unknown role tool {SKIP}",
     ),
     "no records": ("sft", "", [], "bad.jsonl holds no records"),
     "column that is not there": (

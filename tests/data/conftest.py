@@ -46,6 +46,20 @@ TEMPLATES = {
     "{%- if m['role'] == 'assistant' and not loop.last -%}{{ m['content'].split('</think>')[-1] }}"
     "{%- else -%}{{ m['content'] }}{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
+    # as Qwen3: thoughts are kept in the last turn only, which has a block for them even if it is empty
+    "qwen3": "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{%- set parts = m['content'].split('</think>') -%}"
+    "{%- if m['role'] == 'assistant' and loop.last -%}"
+    "{{ '<think>\n' + (parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '') + '\n</think>\n\n' }}"
+    "{%- endif -%}{{ parts[-1].lstrip('\n') if m['role'] == 'assistant' else m['content'] }}{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}",
+    # as DeepSeek-R1: thoughts are never kept, but the generation prompt opens one
+    "deepseek": "{{- bos_token -}}{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{ '[INST]' + m['content'] }}"
+    "{%- else -%}{{ '[/INST]' + m['content'].split('</think>')[-1] + eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '[/INST]<think>\n' }}{%- endif -%}",
+    # once anything follows an answer, even the questions are written differently
+    "hopeless": "{%- for m in messages -%}{{ messages | length ~ m['role'] + ': ' + m['content'] + eos_token }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}",
 }
 
 

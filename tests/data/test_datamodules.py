@@ -115,6 +115,72 @@ def test_no_prompt_is_on_both_sides(module: Any, tmp_path: Path) -> None:
     assert f"{len(val)} records held out (20.0% of the prompts, by data.val_fraction)" in datamodule.report.notes["val"]
 
 
+def test_no_question_of_a_conversation_is_on_both_sides() -> None:
+    greeting = [{"role": "system", "content": "kind"}, {"role": "assistant", "content": "Hello!"}]
+    for opening in ([], greeting[:1], greeting):
+        records = [
+            {
+                "messages": [
+                    *opening,
+                    {"role": "user", "content": f"q {i % 40}"},
+                    {"role": "assistant", "content": f"{i}"},
+                ]
+            }
+            for i in range(400)
+        ]
+        held = hold_out(records, 0.2)
+        sides = [
+            {r["messages"][-2]["content"] for r, h in zip(records, held, strict=True) if h is s} for s in (True, False)
+        ]
+        assert len(sides[0] | sides[1]) == 40
+        assert not sides[0] & sides[1]
+        assert 2 <= len(sides[0]) <= 18
+
+
+def test_reference_answers_are_drawn_from_the_whole_file(module: Any, tmp_path: Path) -> None:
+    records = [{"prompt": "p", "chosen": f" c {i}", "rejected": f" r {i}"} for i in range(200)]
+    options = {"path": write(tmp_path / "a.jsonl", records), "val_fraction": 0, "eval_batch_size": 10}
+    orders = []
+    for _ in range(2):
+        datamodule = prepared(PreferenceDataModule(**options), module())
+        assert isinstance(datamodule, PreferenceDataModule)
+        orders.append([element for batch in datamodule.reference_dataloader().batches for element in batch.tolist()])
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == list(range(200))
+    assert min(orders[0][:30]) < 60
+    assert max(orders[0][:30]) > 140
+
+
+@pytest.mark.parametrize("kind", [SFTDataModule, PreferenceDataModule, PromptDataModule])
+def test_conversations_that_the_template_refuses_can_be_skipped(
+    module: Any, make_tokenizer: Make, tmp_path: Path, kind: type[BaseDataModule]
+) -> None:
+    good, bad = [{"role": "user", "content": "q"}], [{"role": "system", "content": "kind"}]
+    answers = {"completion": "a", "chosen": "b", "rejected": "c"}
+    names = {SFTDataModule: ("completion",), PreferenceDataModule: ("chosen", "rejected")}.get(kind, ())
+    records = [
+        {"prompt": bad + good if i in (2, 3, 7) else good, **{n: f"{answers[n]} {i}" for n in names}} for i in range(9)
+    ]
+    options = {"path": write(tmp_path / "a.jsonl", records), "val_fraction": 0}
+    own = module(make_tokenizer("bytes", "mistral"))
+    with pytest.raises(UserError, match=r"line 3: the chat template refuses .*\(on_bad_record: skip drops such"):
+        prepared(kind(**options), own)
+    datamodule = prepared(kind(**options, on_bad_record="skip"), own)
+    assert len(datamodule.datasets["train"]) == 6
+    reason = "the chat template refuses the conversation: roles must alternate"
+    assert datamodule.report.dropped == {reason: 3}
+    assert datamodule.report.examples[reason].endswith("line 3")
+
+
+def test_turns_without_loss_are_reported(module: Any, make_tokenizer: Make, tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = write(tmp_path / "a.jsonl", [{"messages": turn * 2}, {"messages": turn}, {"messages": turn * 3}])
+    for template, expected in (("qwen3", 3), ("chatml", None)):
+        datamodule = prepared(SFTDataModule(path=path, val_fraction=0), module(make_tokenizer("bytes", template)))
+        said = "assistant turns without loss: template writes them differently inside a conversation"
+        assert datamodule.report.notes.get(said) == expected
+
+
 def test_held_out_records_stay_held_out_when_others_come() -> None:
     records = [{"text": f"t {i}"} for i in range(500)]
     held = {r["text"] for r, is_held in zip(records, hold_out(records, 0.1), strict=True) if is_held}

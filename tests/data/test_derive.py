@@ -53,8 +53,9 @@ def test_a_ranking_gives_every_untied_pair_once(ranks: list[int], as_scores: boo
 
 
 def test_equal_texts_of_different_rank_are_no_pair() -> None:
-    made, _ = run("ranked", "preference", {"prompt": "p", "completions": ["a", "a", "b"], "ranks": [1, 2, 3]})
+    made, dropped = run("ranked", "preference", {"prompt": "p", "completions": ["a", "a", "b"], "ranks": [1, 2, 3]})
     assert made == [{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2
+    assert dropped == [("pairs of equal answers", "line 1")]
 
 
 def test_a_preference_gives_a_good_and_a_bad_one() -> None:

@@ -93,13 +93,68 @@ def test_nothing_follows_the_end_of_the_last_turn(make_tokenizer: Make, template
     assert encoded.loss_mask[-1]
 
 
-def test_template_that_rewrites_answers_is_an_error_but_its_last_turn_is_not(make_tokenizer: Make) -> None:
-    tokenizer = make_tokenizer("bytes", "forgetful")
-    thinking = [CHAT[0], {"role": "assistant", "content": "<think>cat</think>dog"}, *CHAT[2:4]]
-    with pytest.raises(UserError, match=r"^b: message 2 cannot be told from its surroundings.*generation %"):
-        encode_conversations(tokenizer, [CHAT, thinking], places=["a", "b"])
-    assert learnt(tokenizer, encode_messages(tokenizer, thinking, "completion")) == ["dog , bird\n\n<|im_end|>"]
-    assert learnt(tokenizer, encode_messages(tokenizer, thinking[:2])) == ["<think>cat</think>dog<|im_end|>"]
+THINKING = [CHAT[0], {"role": "assistant", "content": "<think>cat</think>dog"}, *CHAT[2:4]]
+
+
+@pytest.mark.parametrize(
+    ("template", "one", "two", "num_without"),
+    [
+        ("forgetful", "<think>cat</think>dog<|im_end|>", ["dog , bird\n\n<|im_end|>"], 1),
+        ("qwen3", "<think>\ncat\n</think>\n\ndog<|im_end|>", ["<think>\n\n</think>\n\ndog , bird\n\n<|im_end|>"], 1),
+        ("deepseek", "dog</s>", ["dog</s>", "dog , bird\n\n</s>"], 0),
+    ],
+)
+def test_turns_that_the_template_writes_differently_later_are_counted(
+    make_tokenizer: Make, template: str, one: str, two: list[str], num_without: int
+) -> None:
+    tokenizer = make_tokenizer("bytes", template)
+    single, both = encode_conversations(tokenizer, [THINKING[:2], THINKING])
+    assert learnt(tokenizer, single) == [one]
+    assert learnt(tokenizer, both) == two
+    assert (single.turns_without_loss, both.turns_without_loss) == (0, num_without)
+    assert learnt(tokenizer, encode_messages(tokenizer, THINKING, "completion")) == two[-1:]
+    assert single.other_header == both.other_header == (template == "deepseek")
+
+
+@pytest.mark.parametrize("template", ["qwen3", "deepseek"])
+def test_pairs_of_thinking_templates_share_their_prompt(make_tokenizer: Make, template: str) -> None:
+    tokenizer = make_tokenizer("bytes", template)
+    for prompt in (THINKING[:1], THINKING[:3]):
+        pairs = encode_pairs(tokenizer, [prompt] * 3, ["fine", "<think>a</think>\nfirst", "fish"])
+        heads = [pair.input_ids[: pair.prompt_length] for pair in pairs]
+        assert heads[0] == heads[1] == heads[2]
+        assert (heads[0] == encode_prompt(tokenizer, prompt)) == (template == "qwen3")
+        answers = [tokenizer.decode(pair.input_ids[pair.prompt_length :]) for pair in pairs]
+        assert [answer.split("</think>")[-1].strip() for answer in answers] == [
+            text + (tokenizer.eos_token if template == "deepseek" else "<|im_end|>")
+            for text in ("fine", "first", "fish")
+        ]
+
+
+def test_completion_whose_first_answer_is_not_found_still_begins_with_it(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer("bytes", "qwen3")
+    encoded = encode_pair(tokenizer, THINKING[:1], THINKING[1:])
+    assert encoded.input_ids[: encoded.prompt_length] == encode_prompt(tokenizer, THINKING[:1])
+    assert learnt(tokenizer, encoded) == ["<think>\n\n</think>\n\ndog , bird\n\n<|im_end|>"]
+    assert encoded.turns_without_loss == 1
+
+
+def test_generation_prompt_may_differ_in_white_space(make_tokenizer: Make) -> None:
+    template = (
+        "{%- for m in messages -%}{{ m['role'] + ':\n' + m['content'] + eos_token }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ 'assistant: ' }}{%- endif -%}"
+    )
+    tokenizer = make_tokenizer("bytes", template)
+    encoded = encode_pair(tokenizer, CHAT[:1], "fine")
+    assert learnt(tokenizer, encoded) == ["\nfine</s>"]
+    assert encoded.other_header
+
+
+def test_no_turn_to_be_found_is_an_error(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer("bytes", "hopeless")
+    messages = [*CHAT[:2], CHAT[2]]
+    with pytest.raises(UserError, match=r"^a: message 2 cannot be told from its surroundings.*generation %"):
+        encode_conversations(tokenizer, [messages], places=["a"])
 
 
 def test_several_messages_in_a_completion(make_tokenizer: Make) -> None:

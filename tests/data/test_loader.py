@@ -189,6 +189,22 @@ def test_evaluation_sees_everything_once(size: int, batch_size: int, world_size:
         assert first == list(range(size))
 
 
+def test_the_first_batches_of_an_evaluation_are_of_all_lengths() -> None:
+    data = Numbers(400)
+    batches = [batch["elements"] for batch in EvalLoader(data, batch_size=8, by_length=True)]
+    assert batches == [batch["elements"] for batch in EvalLoader(data, batch_size=8, by_length=True)]
+    spread = [data.lengths[batch].max() - data.lengths[batch].min() for batch in batches]
+    assert np.mean(spread) < 0.1 * (data.lengths.max() - data.lengths.min())
+    means = [data.lengths[batch].mean() for batch in batches[:10]]
+    assert min(means) < np.quantile(data.lengths, 0.3) < np.quantile(data.lengths, 0.7) < max(means)
+
+
+def test_shuffled_evaluation_has_one_order() -> None:
+    orders = [[e for b in EvalLoader(Numbers(50), batch_size=n, shuffle=True) for e in b["elements"]] for n in (4, 7)]
+    assert orders[0] == orders[1] != list(range(50))
+    assert sorted(orders[0]) == list(range(50))
+
+
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
 def test_deal_is_even(size: int, batch_size: int, world_size: int) -> None:
     slots = deal(np.arange(size), batch_size, world_size)
