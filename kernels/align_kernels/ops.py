@@ -343,7 +343,8 @@ def _linear_backward_op(name: str, kept: str) -> Any:
         f"align_kernels::{name}",
         _linear_stats_backward,
         mutates_args=("kept",) if "!" in kept else (),
-        schema=f"({_GRADS}, {LAYER_SCHEMA}, {_REFERENCE}, Tensor[] stats, Tensor known, {kept} kept, float temperature, "
+        schema=f"({_GRADS}, {LAYER_SCHEMA}, {_REFERENCE}, Tensor[] stats, Tensor known, {kept} kept, "
+        "float temperature, "
         "float? softcap, float ref_temperature, float? ref_softcap, bool keep, SymInt chunk, ScalarType? accum_dtype, "
         "bool[] needs, str impl) -> (Tensor, Tensor, Tensor)",
     )

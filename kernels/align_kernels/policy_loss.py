@@ -1,6 +1,7 @@
 """K3: a policy loss and its gradients from hidden states, in one pass over chunks of logits that are never kept.
 
-Log-probs of a chunk give the derivatives of its tokens' losses, those turn the chunk into its gradient in place, and two
+Log-probs of a chunk give the derivatives of its tokens' losses, those turn the chunk into its gradient in place, and
+two
 products end it: three products in all. With ``ratio="sequence"`` no token's derivative is known before the last
 log-prob: the chunks are computed twice.
 """

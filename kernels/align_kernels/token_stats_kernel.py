@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from align_kernels._config import LARGEST, launch
+from align_kernels._config import LARGEST, LARGEST_WITH_ALL, launch, warps_for
 from align_kernels._labels import IGNORED, locate, only
 from align_kernels.native import RowGrads, RowStats, Wanted
 
@@ -83,11 +83,9 @@ def token_stats_fwd(
     y_scale = tl.full((), y_inv_temperature, tl.float32)
     y_cap32 = tl.full((), y_cap, tl.float32)
     x_row = x_ptr + row * x_stride
-    counts = True
     width = V
     if mask_ptr is not None:
-        counts = tl.load(mask_ptr + row) != 0
-        width = tl.where(counts, V, 0)  # a masked row is not read, but its results are written
+        width = tl.where(tl.load(mask_ptr + row) != 0, V, 0)  # a masked row is not read, but its results are written
     m = tl.full((), NEG, tl.float32)
     s = tl.full((), 0.0, tl.float32)
     t = tl.full((), 0.0, tl.float32)
@@ -119,18 +117,18 @@ def token_stats_fwd(
             t = shrink * (t + s * delta) + tl.sum(tl.where(e > 0.0, e * d, 0.0), 0)
         s = shrink * s + tl.sum(e, 0)
     label = tl.load(labels_ptr + row)
-    picked, _ = transformed(x_row, label.to(tl.int64), counts & (V > 0), scale, cap32, CAPPED)
+    picked, _ = transformed(x_row, label.to(tl.int64), label < width, scale, cap32, CAPPED)
     log_s = tl.log(s)
-    tl.store(logp_ptr + row, tl.where(counts, (picked - m) - log_s, 0.0))
-    tl.store(lse_ptr + row, tl.where(counts, m + log_s, 0.0))
+    tl.store(logp_ptr + row, tl.where(width > 0, (picked - m) - log_s, 0.0))
+    tl.store(lse_ptr + row, tl.where(width > 0, m + log_s, 0.0))
     if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, tl.where(counts, log_s - t / s, 0.0))
+        tl.store(entropy_ptr + row, tl.where(width > 0, log_s - t / s, 0.0))
     if y_ptr is not None:
         log_s_y = tl.log(s_y)
-        tl.store(kl_ptr + row, tl.where(counts, u / s - log_s + log_s_y, 0.0))
-        tl.store(ref_lse_ptr + row, tl.where(counts, m_y + log_s_y, 0.0))
+        tl.store(kl_ptr + row, tl.where(width > 0, u / s - log_s + log_s_y, 0.0))
+        tl.store(ref_lse_ptr + row, tl.where(width > 0, m_y + log_s_y, 0.0))
     if argmax_ptr is not None:
-        tl.store(argmax_ptr + row, tl.where(counts, best, 0))
+        tl.store(argmax_ptr + row, tl.where(width > 0, best, 0))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -167,10 +165,10 @@ def token_stats_bwd(
     cap32 = tl.full((), cap, tl.float32)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = cols < V
-    counts = True
+    width = V
     if mask_ptr is not None:
-        counts = tl.load(mask_ptr + row) != 0
-    x, slope = transformed(x_ptr + row * x_stride, cols, ok & counts, scale, cap32, CAPPED)
+        width = tl.where(tl.load(mask_ptr + row) != 0, V, 0)
+    x, slope = transformed(x_ptr + row * x_stride, cols, cols < width, scale, cap32, CAPPED)
     log_p = x - tl.load(lse_ptr + row)
     p = tl.exp(log_p)
     grad_logp = tl.load(grad_logp_ptr + row).to(tl.float32)
@@ -183,7 +181,7 @@ def token_stats_bwd(
     if grad_kl_ptr is not None:
         y_scale = tl.full((), y_inv_temperature, tl.float32)
         y_cap32 = tl.full((), y_cap, tl.float32)
-        y, _ = transformed(y_ptr + row * y_stride, cols, ok & counts, y_scale, y_cap32, Y_CAPPED)
+        y, _ = transformed(y_ptr + row * y_stride, cols, cols < width, y_scale, y_cap32, Y_CAPPED)
         log_q = y - tl.load(ref_lse_ptr + row)
         factor += tl.load(grad_kl_ptr + row).to(tl.float32) * (log_p - log_q - tl.load(kl_ptr + row))
     rest = tl.where(p == 0.0, 0.0, p * factor)
@@ -193,7 +191,7 @@ def token_stats_bwd(
     if owned_ptr is not None:
         is_label = is_label & (tl.load(owned_ptr + row) != 0)
     grad = rest + grad_logp * tl.where(is_label, complement, -p)
-    grad = tl.where(counts, grad * slope * scale, 0.0)
+    grad = tl.where(width > 0, grad * slope * scale, 0.0)
     tl.store(out_ptr + row * out_stride + cols, grad.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -226,7 +224,7 @@ class TritonRows:
         logp, lse, entropy = column(), column(), column(wanted.entropy)
         kl, ref_lse, argmax = column(wanted.kl), column(wanted.kl), column(wanted.argmax, torch.int64)
         if rows:
-            block, warps = launch(x)
+            block, warps = launch(x, self.wanted.kl and self.wanted.softcap is not None)
             with torch.cuda.device_of(x):
                 token_stats_fwd[(rows,)](
                     x,
@@ -268,7 +266,7 @@ class TritonRows:
         """Writes the gradient with respect to the logits into ``out``, which may be ``x``; zeros in masked rows."""
         if not x.numel():
             return
-        block, warps = launch(x)
+        block, warps = launch(x, self.wanted.kl and self.wanted.softcap is not None)
         upstream = [None if g is None else g.contiguous() for g in (grads.logp, grads.lse, grads.entropy, grads.kl)]
         with torch.cuda.device_of(x):
             token_stats_bwd[(len(x), triton.cdiv(x.shape[1], block))](
@@ -356,7 +354,7 @@ VARIANTS = (
 )
 
 
-def _aot_spec(fn: Any, dtype: str, variant: str, absent: str, capped: bool, block: int, warps: int) -> dict[str, Any]:
+def _aot_spec(fn: Any, dtype: str, variant: str, absent: str, capped: bool, block: int) -> dict[str, Any]:
     types = dict.fromkeys(("out_ptr", "x_ptr", "y_ptr"), f"*{dtype}") | COLUMNS | UPSTREAM | FLAGS
     types |= dict.fromkeys(SIZES, "i64") | {"V": "i32"} | dict.fromkeys(RATES, "fp32")
     names = fn.arg_names
@@ -369,14 +367,14 @@ def _aot_spec(fn: Any, dtype: str, variant: str, absent: str, capped: bool, bloc
         "constexprs": constexprs,
         # a row starts anywhere: only the columns of rows are aligned
         "divisible": [name for name in (*COLUMNS, *UPSTREAM) if name in names and name not in constexprs],
-        "num_warps": warps,
+        "num_warps": (warps := warps_for(block)),
         "limits": {"regs": 128 if warps == 4 else 96, "spill": 0, "shared": 49152},
     }
 
 
 AOT_SPECS = [
-    _aot_spec(fn, dtype, *variant, block, warps)
+    _aot_spec(fn, dtype, variant, absent, capped, min(block, LARGEST_WITH_ALL if capped else LARGEST))
     for fn in (token_stats_fwd, token_stats_bwd)
-    for variant in VARIANTS
-    for dtype, block, warps in (("bf16", LARGEST, 8), ("fp32", LARGEST, 8), ("fp16", 1024, 4))
+    for variant, absent, capped in VARIANTS
+    for dtype, block in (("bf16", LARGEST), ("fp32", LARGEST), ("fp16", 1024))
 ]

@@ -121,11 +121,11 @@ def _count_tokens(loaded: "Loaded", tokenizer: "PreTrainedTokenizerBase", limit:
     if kind == "text":
         _, counts = text_table(*source, None)
     elif kind == "prompt":
-        _, counts = prompt_table(*source, limit)
+        _, counts = prompt_table(*source, limit, skip_bad=True)
     elif kind in ("preference", "ranked"):
-        _, counts = preference_table(*source, limit, "drop")
+        _, counts = preference_table(*source, limit, "drop", skip_bad=True)
     else:
-        _, counts = sft_table(*source, limit, loss_on)
+        _, counts = sft_table(*source, limit, loss_on, skip_bad=True)
     counts.note(loaded.report)
 
 

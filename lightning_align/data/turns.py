@@ -82,7 +82,8 @@ def inferred_turns(
     turns = [(index, turn) for index, own in enumerate(targets) for turn in own]
     starts = _starts(tokenizer, conversations, turns, texts, places)
     inner = [(i, turn) for i, turn in turns if turn + 1 < len(conversations[i])]
-    rendered = render(tokenizer, [conversations[i][: turn + 1] for i, turn in inner])
+    inner_places = None if places is None else [places[i] for i, _ in inner]
+    rendered = render(tokenizer, [conversations[i][: turn + 1] for i, turn in inner], places=inner_places)
     through = dict(zip(inner, rendered, strict=True))
     known = conventions(tokenizer)
     result = []

@@ -188,7 +188,8 @@ class OnlineModule(AlignModule):
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
         assert isinstance(self.model, PreTrainedModel)
-        self.frozen.reference.to(self.model.dtype)  # trainer.precision may have converted the policy
+        if self.frozen.reference.dtype != self.model.dtype:  # trainer.precision has converted the policy
+            self.frozen.reference.to(self.model.dtype)
         self.sampler: Engine = build_engine(self.engine_name, self.model, self.tokenizer)
 
     def on_fit_start(self) -> None:

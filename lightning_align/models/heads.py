@@ -16,6 +16,7 @@ from transformers import (
 from lightning_align.errors import UserError
 from lightning_align.models.loading import Loaded, load_causal_lm, load_network
 from lightning_align.models.masks import attention_inputs, predictable_tokens
+from lightning_align.models.sources import resolve_source
 
 HEAD = "score.weight"
 Normalisation = Literal["none", "shift", "full"]
@@ -42,13 +43,14 @@ class RewardModel(nn.Module):
     def from_backbone(
         cls, source: str, *, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "float32"
     ) -> "RewardModel":
-        """A language model's trunk under a fresh head, drawn from N(0, 1/(H + 1)) by torch's seed."""
+        """A trunk under a fresh head, drawn from N(0, 1/(H + 1)) by torch's seed; a reward model keeps its own."""
         loaded = _load_classifier(source, tokenizer, dtype)
         if loaded.missing - {HEAD}:
             raise _incomplete(source, loaded)
         model = cls(loaded.network)
-        nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
-        model._store_normalisation(0.0, 1.0)
+        if HEAD in loaded.missing or resolve_source(source).kind == "architecture":
+            nn.init.normal_(model.head.weight, std=(model.head.in_features + 1) ** -0.5)
+            model._store_normalisation(0.0, 1.0)
         return model
 
     @classmethod

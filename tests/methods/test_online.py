@@ -130,14 +130,28 @@ def test_both_engines_give_the_same_run(world: Any, ppo_options: dict[str, Any])
     assert all(row.get("sampling/sampling_logp_difference/max", 0) < 1e-4 for run in runs for row in run.rows)
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("option", "value", "tolerance"),
+    [
+        ("trainer.precision", "64-true", 1e-9),
+        ("trainer.precision", "bf16-mixed", 1e-3),
+        ("model.dtype", "bfloat16", 1e-3),
+    ],
+)
 def test_conventions_1_5_the_reference_computes_as_the_policy_does(
-    world: Any, ppo_options: dict[str, Any], precision: str
+    world: Any, ppo_options: dict[str, Any], option: str, value: str, tolerance: float
 ) -> None:
-    run = world.fit({**ppo_options, "model.eval_every": 3, "model.num_ppo_epochs": 1, "trainer.precision": precision})
+    run = world.fit({**ppo_options, "model.eval_every": 3, "model.num_ppo_epochs": 1, option: value})
     assert abs(run.row(0, "eval/lab/kl")["eval/lab/kl"]) < 1e-12
     assert run.row(1, "objective/kl")["objective/kl"] == 0
-    assert run.row(1, "val/ratio")["val/ratio"] == pytest.approx(1, abs=1e-3 if "bf16" in precision else 1e-9)
+    assert run.row(1, "val/ratio")["val/ratio"] == pytest.approx(1, abs=tolerance)
+
+
+def test_precisions_that_would_fail_silently_are_refused(world: Any, ppo_options: dict[str, Any], capsys: Any) -> None:
+    for precision in ("bf16-true", "16-mixed"):
+        run = world.fit({**ppo_options, "trainer.precision": precision}, code=2)
+        assert f"trainer.precision {precision}" in capsys.readouterr().err.replace(" is ", " ")
+        assert not run.path.exists()
 
 
 def test_samples_per_prompt_are_neighbours_and_differ(
