@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = ["test_kernels_gae.py", "test_kernels_shaped.py"]
+NAMES = ("gae", "shaped", "token_stats", "linear", "policy_loss", "pref", "regressions")
+FILES = [f"test_kernels_{name}.py" for name in NAMES]
 
 
 @pytest.mark.interpreter

@@ -5,7 +5,8 @@ Every operation has three implementations: ``triton``, ``native`` (fast on a CPU
 """
 
 # Modules never have the name of a public function: importing such a module would put it in the function's place.
-from align_kernels._dispatch import available_impls, why_not
+from align_kernels._dispatch import OPERATIONS, available_impls, why_not
+from align_kernels._plan import logits_memory
 from align_kernels._types import PolicyLoss, Reference, TokenStats
 from align_kernels.api import linear_token_logprobs, token_stats
 from align_kernels.policy_api import linear_policy_loss
@@ -14,6 +15,7 @@ from align_kernels.scan_ops import Shaped, VTrace, gae, shaped_advantages
 from align_kernels.shards import merge_vocab_stats
 
 __all__ = [
+    "OPERATIONS",
     "PolicyLoss",
     "Reference",
     "Shaped",
@@ -23,6 +25,7 @@ __all__ = [
     "gae",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "logits_memory",
     "merge_vocab_stats",
     "preference_logps",
     "shaped_advantages",

@@ -10,19 +10,24 @@ from align_kernels import _checks, gemm
 
 MIB = 2**20
 # Logits at a time: enough to fill a product of matrices; on a CPU at least so many rows.
-CHUNK_BYTES = {"cpu": 32 * MIB, "cuda": 256 * MIB}
+CHUNK_BYTES = {"cpu": 64 * MIB, "cuda": 256 * MIB}
 LEAST_CHUNK_ROWS = 128
+# ``save="auto"`` keeps logits up to this share of a device's memory.
+KEPT_SHARE = 16
 MOST_KEPT_ON_CPU = 1024 * MIB
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in the dtype of autocast, where it is on for the first one's device."""
-    assert tensors[0] is not None
-    device = tensors[0].device.type
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of the product in the dtype of autocast, where it is on for their device; float64 stays."""
+    device = hidden.device.type
     if not torch.is_autocast_enabled(device):
-        return tensors
+        return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def counted_rows(mask: Tensor | None, rows: Tensor | None, labels: Tensor) -> Tensor | None:
@@ -44,6 +49,20 @@ def keeps(save: str, rows: int, vocabulary: int, like: Tensor) -> bool:
     return rows * vocabulary * dtype.itemsize <= _memory_to_keep(like.device)
 
 
+def logits_memory(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of logits that :func:`align_kernels.linear_token_logprobs` holds at its peak, forward and backward.
+
+    Args:
+        rows: Tokens that count.
+        vocabulary: Size of the vocabulary.
+        dtype: Of the hidden states.
+        device: Where they are.
+    """
+    like = torch.empty(0, dtype=dtype, device=device)
+    held = rows if keeps("auto", rows, vocabulary, like) else min(rows, chunk_rows(None, vocabulary, like))
+    return held * vocabulary * gemm.compute_dtype(dtype, device).itemsize
+
+
 def chunk_rows(chunk_bytes: int | None, vocabulary: int, like: Tensor) -> int:
     """Rows of logits at a time."""
     itemsize = gemm.compute_dtype(like.dtype, like.device).itemsize
@@ -56,7 +75,7 @@ def chunk_rows(chunk_bytes: int | None, vocabulary: int, like: Tensor) -> int:
 
 
 def _memory_to_keep(device: torch.device) -> int:
-    return _quarter_of_free_memory(device.type, device.index)
+    return _share_of_memory(device.type, device.index)
 
 
 # Called while tracing, never traced; see _dispatch.choose.
@@ -64,12 +83,12 @@ _memory_to_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _quarter_of_free_memory(device_type: str, index: int | None) -> int:
-    """Bytes, as found at first use."""
+def _share_of_memory(device_type: str, index: int | None) -> int:
+    """Bytes: a share of all, not of what is free, so that a run that is resumed decides (and rounds) as before."""
     if device_type == "cuda":
-        return torch.cuda.mem_get_info(index)[0] // 4
+        return torch.cuda.get_device_properties(index or 0).total_memory // KEPT_SHARE
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not every system tells
-        free = MOST_KEPT_ON_CPU
-    return min(free // 4, MOST_KEPT_ON_CPU)
+        return MOST_KEPT_ON_CPU
+    return min(total // KEPT_SHARE, MOST_KEPT_ON_CPU)

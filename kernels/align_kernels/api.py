@@ -1,26 +1,22 @@
 """The public vocabulary operations: arguments checked, an implementation chosen, shapes restored."""
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels import _checks, ops, reference
+from align_kernels import _checks, ops, plain, reference
 from align_kernels._dispatch import choose
 from align_kernels._labels import locate
 from align_kernels._plan import autocast, chunk_rows, counted_rows, keeps
 from align_kernels._types import Reference, TokenStats
-from align_kernels.native import LEAST_LOG_P, Wanted
+from align_kernels.native import Wanted
+from align_kernels.plain import Stats
 from align_kernels.shards import Shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Below this many logits a call costs less than an autograd function in Python: plain library calls are faster.
-FEW_LOGITS = 2**20
-
-Stats: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
 
 
 def token_stats(
@@ -88,9 +84,9 @@ def token_stats(
         )
     x = logits.reshape(-1, vocabulary)
     ref_x = None if ref_logits is None else ref_logits.detach().reshape(-1, vocabulary)
-    if chosen == "native" and mask is None and not inplace_grad and _is_small(x.numel(), x):
+    if chosen == "native" and mask is None and not inplace_grad and plain.suits(x.numel(), x):
         wanted = Wanted(temperature, softcap, entropy, argmax, ref_x is not None, temperature, softcap)
-        return _shaped(_plain_stats(x, flat_labels, ref_x, wanted), None, labels.shape)
+        return _shaped(plain.row_stats(x, flat_labels, ref_x, wanted), None, labels.shape)
     ref_x = None if ref_x is None else _checks.unit_stride(ref_x)
     settings = (temperature, softcap, entropy, argmax, inplace_grad, check_labels, chosen)
     logp, h, kl, lse, top, *_ = ops.token_stats(_checks.unit_stride(x), flat_labels, ref_x, flat_mask, *settings)
@@ -140,8 +136,9 @@ def linear_token_logprobs(
         temperature: Divides the logits.
         softcap: Bounds the logits, or None.
         save: What serves the backward pass: ``logits`` keeps them in the dtype of the product (3 products),
-            ``recompute`` does not (4 products), ``auto`` keeps what fits a quarter of the memory free at first use.
-        chunk_bytes: Logits at a time; by default 32 MiB on a CPU and 256 MiB on a GPU.
+            ``recompute`` does not (4 products), ``auto`` keeps what fits a sixteenth of the device's memory, on a CPU
+            at most 1 GiB.
+        chunk_bytes: Logits at a time; by default 64 MiB on a CPU and 256 MiB on a GPU.
         accum_dtype: In which chunks of the weight's gradient are summed; by default float32.
         process_group: Ranks that share the vocabulary, each with its rows of ``weight`` and the same tokens.
         vocab_start: First row of this rank's ``weight`` in the vocabulary.
@@ -151,6 +148,51 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, RuntimeError: As :func:`token_stats`.
     """
+    stats, rows = counted_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        ref=ref,
+        entropy=entropy,
+        argmax=argmax,
+        mask=mask,
+        rows=rows,
+        temperature=temperature,
+        softcap=softcap,
+        save=save,
+        chunk_bytes=chunk_bytes,
+        accum_dtype=accum_dtype,
+        process_group=process_group,
+        vocab_start=vocab_start,
+        check_labels=check_labels,
+        impl=impl,
+    )
+    return _shaped(stats, rows, labels.shape)
+
+
+def counted_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref: Reference | None = None,
+    entropy: bool = False,
+    argmax: bool = False,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    save: str = "auto",
+    chunk_bytes: int | None = None,
+    accum_dtype: torch.dtype | None = None,
+    process_group: "ProcessGroup | None" = None,
+    vocab_start: int = 0,
+    check_labels: bool = False,
+    impl: str | None = None,
+) -> tuple[Stats, Tensor | None]:
+    """:func:`linear_token_logprobs` of the tokens that count alone, ``[M]``, and which they are; None for all."""
     _checks.one_of("save", save, ("auto", "logits", "recompute"))
     _checks.positive(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
     _checks.tokens(mask, labels)
@@ -167,11 +209,11 @@ def linear_token_logprobs(
     few_labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
     count, vocabulary = len(few_labels), len(weight)
     q = Reference(None, None) if ref is None else ref  # type: ignore[arg-type]
-    if chosen == "native" and shard is None and _is_small(count * vocabulary, flat):
+    if chosen == "native" and shard is None and plain.suits(count * vocabulary, flat):
         states = flat if rows is None else flat.index_select(0, rows)
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
         wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
-        found = _plain_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted, finite=bias is None)
+        found = plain.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
     elif chosen == "reference":
         options = {"entropy": entropy, "argmax": argmax, "temperature": temperature, "softcap": softcap}
         found = _reference_stats(flat, weight, bias, ref, few_labels, rows, check_labels, **options)
@@ -184,44 +226,10 @@ def linear_token_logprobs(
             *inputs, *settings, keep, chunk, accum_dtype, check_labels, chosen, shard=shard
         )
         found = (logp, h if entropy else None, None if ref is None else kl, lse, top if argmax else None)
-    return _shaped(found, rows, labels.shape)
+    return found, rows
 
 
 # ---------------------------------------------------------------------- parts
-def _is_small(elements: int, x: Tensor) -> bool:
-    # a graph would have to guard against the size; and a compiled one has no overhead to save
-    narrow = x.dtype not in (torch.float32, torch.float64)
-    return 0 < elements <= FEW_LOGITS and x.is_cpu and not narrow and not torch.compiler.is_compiling()
-
-
-def _plain_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted, finite: bool = False) -> Stats:
-    """Statistics of a few logits ``[n, V]`` by the library, with gradients of its own; ``finite``: no logit is −inf."""
-    z = _plain_transform(x, wanted.temperature, wanted.softcap)
-    log_p = z.log_softmax(1)
-    try:
-        logp = -F.nll_loss(log_p, labels.long(), reduction="none")
-    except IndexError:
-        _check_labels(labels, x.shape[1], True)
-        raise
-    entropy = kl = None
-    if wanted.entropy or ref_x is not None:
-        p = log_p.exp()
-        if wanted.entropy:
-            entropy = -(p * (log_p if finite else log_p.clamp(min=LEAST_LOG_P))).sum(1)
-        if ref_x is not None:
-            log_q = _plain_transform(ref_x, wanted.ref_temperature, wanted.ref_softcap).log_softmax(1)
-            kl = (p * (log_p - log_q.to(log_p.dtype)).masked_fill(p == 0, 0.0)).sum(1)
-    # any column that is not −inf tells the log-sum: the largest one, unless all will do
-    lse = z[:, 0] - log_p[:, 0] if finite else z.amax(1) - log_p.amax(1)
-    return logp, entropy, kl, lse, z.argmax(1) if wanted.argmax else None
-
-
-def _plain_transform(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    if softcap is not None:
-        return torch.tanh(x / softcap) * (softcap / temperature)
-    return x if temperature == 1.0 else x / temperature
-
-
 def _check_labels(labels: Tensor, vocabulary: int, check: bool) -> None:
     if check or labels.device.type == "cpu":
         locate(labels, vocabulary, check=True)
@@ -264,8 +272,6 @@ def _flat_reference(ref: Reference | None, hidden: Tensor, weight: Tensor) -> Re
         return None
     _checks.positive(**{"ref.temperature": ref.temperature, "ref.softcap": ref.softcap})
     states, ref_weight, bias = autocast(ref.hidden, ref.weight, ref.bias)
-    assert states is not None
-    assert ref_weight is not None
     states = states.detach().reshape(-1, states.shape[-1])
     if len(states) != len(hidden) or len(ref_weight) != len(weight):
         raise ValueError(

@@ -89,7 +89,9 @@ def forward(
     ref_buffer = None if reference is None else reference.empty_logits(size)
     probabilities = keep and rows.by_probabilities
     found = []
-    for part in layer.parts():
+    # memory that is taken anyway is filled by one product
+    at_once = keep and reference is None and len(layer) > 0
+    for part in [slice(0, len(layer))] if at_once else layer.parts():
         x = layer.logits_into(kept[part] if keep else buffer, part)
         ref_x = None if reference is None or ref_buffer is None else reference.logits_into(ref_buffer, part)
         found.append(rows.forward(x, index[part], ref_x, overwrite=not keep, probabilities=probabilities))

@@ -15,7 +15,7 @@ from align_kernels._labels import chunks
 
 # p·log p is 0 in float32 and float64 below this log p; unlike −inf, it can be multiplied by p = 0.
 LEAST_LOG_P = -1e4
-CACHE_BYTES = 8 * 2**20
+CACHE_BYTES = 4 * 2**20
 
 
 class Wanted(NamedTuple):
@@ -89,14 +89,20 @@ def joined(found: list[RowStats], wanted: Wanted, like: Tensor) -> RowStats:
         return found[0]
     if found:
         return RowStats(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)))  # type: ignore[arg-type]
-    none = like.new_empty(0, dtype=statistics_dtype(like.dtype))
-    return _of_nothing(wanted, none, none)
+    return _of_nothing(wanted, like.new_empty(0, dtype=statistics_dtype(like.dtype)))
 
 
-def _of_nothing(wanted: Wanted, zero: Tensor, lse: Tensor) -> RowStats:
+def _of_nothing(wanted: Wanted, zero: Tensor) -> RowStats:
     """Statistics of rows over a vocabulary without tokens."""
-    kl = zero if wanted.kl else None
-    return RowStats(zero, lse, zero if wanted.entropy else None, kl, kl, zero.long() if wanted.argmax else None)
+    kl = zero.clone() if wanted.kl else None
+    return RowStats(
+        zero,
+        zero - torch.inf,
+        zero.clone() if wanted.entropy else None,
+        kl,
+        None if kl is None else kl - torch.inf,
+        zero.long() if wanted.argmax else None,
+    )
 
 
 class NativeRows:
@@ -104,14 +110,15 @@ class NativeRows:
 
     Args:
         wanted: What to compute.
-        by_probabilities: Whether the gradient may be made from probabilities, if they are all that it needs.
+        shard: Whether the logits are those of a part of the vocabulary, and probabilities thus not their softmax.
     """
 
     in_place = False  # backward leaves the logits alone
 
-    def __init__(self, wanted: Wanted, *, by_probabilities: bool = False) -> None:
+    def __init__(self, wanted: Wanted, *, shard: bool = False) -> None:
         self.wanted = wanted
-        self.by_probabilities = by_probabilities and wanted.log_probs_only
+        self.shard = shard
+        self.by_probabilities = wanted.log_probs_only and not shard
         self._scratch: dict[str, Tensor] = {}
 
     # ------------------------------------------------------------------ forward
@@ -129,8 +136,7 @@ class NativeRows:
         With ``overwrite``, ``x`` holds nothing of use afterwards; with ``probabilities``, what :meth:`mark` makes.
         """
         if not x.shape[1]:
-            zero = x.new_zeros(len(x), dtype=statistics_dtype(x.dtype))
-            return _of_nothing(self.wanted, zero, zero - torch.inf)
+            return _of_nothing(self.wanted, x.new_zeros(len(x), dtype=statistics_dtype(x.dtype)))
         overwrite = overwrite or probabilities
         found = [
             self._forward(x[part], labels[part], None if ref_x is None else ref_x[part], overwrite, probabilities)
@@ -146,24 +152,21 @@ class NativeRows:
         column = labels[:, None]
         picked = z.gather(1, column)[:, 0]
         argmax = z.argmax(1) if wanted.argmax else None
-        # a finite label needs no pass for the maximum; whether all are is known without waiting on a CPU alone
-        peak = None if not probabilities and x.is_cpu and bool(picked.isfinite().all()) else z.amax(1)
         out = self._buffer("z", x) if z is x and not overwrite else z
-        (torch.softmax if probabilities else torch.log_softmax)(z, 1, out=out)
-        if peak is None:
-            logp = out.gather(1, column)[:, 0]
-            lse = picked - logp
-        else:
-            # the largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once
-            log_sum = out.amax(1).log_().neg_() if probabilities else out.amax(1).neg_()
-            logp = (picked - peak).sub_(log_sum)
-            lse = torch.where(peak == -torch.inf, peak, peak + log_sum)
+        if wanted.entropy or wanted.kl:
+            return self._with_expectations(z, out, picked, ref_x)._replace(argmax=argmax)
+        # a finite label needs no pass for the maximum; whether all are is known without waiting on a CPU alone
+        if not probabilities and x.is_cpu and bool(picked.isfinite().all()):
+            logp = torch.log_softmax(z, 1, out=out).gather(1, column)[:, 0]
+            return RowStats(logp, picked - logp, argmax=argmax)
+        peak = z.amax(1)
+        torch.softmax(z, 1, out=out)
+        logp, lse, _ = _from_largest(picked - peak, peak, out)
         if probabilities:
             _mark(out, column, logp)
             if out is not x:
                 x.copy_(out)
-        stats = RowStats(logp, lse, argmax=argmax)
-        return self._expectations(out, ref_x, stats) if wanted.entropy or wanted.kl else stats
+        return RowStats(logp, lse, argmax=argmax)
 
     def mark(self, x: Tensor, labels: Tensor, logp: Tensor) -> None:
         """Overwrites logits with p − 1[j = label], given the labels' log-probs."""
@@ -175,15 +178,22 @@ class NativeRows:
             if z is not rows:
                 rows.copy_(z)
 
-    def _expectations(self, log_p: Tensor, ref_x: Tensor | None, stats: RowStats) -> RowStats:
-        """Adds entropy and KL; overwrites ``log_p``."""
-        p = torch.exp(log_p, out=self._buffer("p", log_p))
+    def _with_expectations(self, z: Tensor, out: Tensor, picked: Tensor, ref_x: Tensor | None) -> RowStats:
+        """Statistics with entropy and KL; ``out`` is overwritten."""
+        peak = z.amax(1)
+        shifted = torch.sub(z, peak[:, None], out=out)
+        p = torch.softmax(shifted, 1, out=self._buffer("p", z))
+        logp, lse, log_sum = _from_largest(picked - peak, peak, p)
+        log_p = shifted.sub_(log_sum[:, None])
+        stats = RowStats(logp, lse)
         if ref_x is not None:
+            # step by step as above, so that equal logits have a KL of exactly 0
             y = self._transformed(ref_x, self.wanted.ref_temperature, self.wanted.ref_softcap, "y")
-            log_q = self._buffer("y", ref_x)
             peak = y.amax(1)
-            torch.log_softmax(y, 1, out=log_q)
-            ref_lse = peak - log_q.amax(1)
+            shifted = torch.sub(y, peak[:, None], out=self._buffer("y", ref_x))
+            q = torch.softmax(shifted, 1, out=self._buffer("q", ref_x))
+            _, ref_lse, log_sum = _from_largest(peak, peak, q)
+            log_q = shifted.sub_(log_sum[:, None])
             kl = torch.sub(log_p, log_q, out=log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(1)
             stats = stats._replace(kl=kl, ref_lse=ref_lse)
         if self.wanted.entropy:
@@ -229,12 +239,12 @@ class NativeRows:
             slope = self._buffer("slope", x).copy_(x).mul_(1 / wanted.softcap).tanh_().square_().neg_().add_(1)
         z = self._transformed(x, wanted.temperature, wanted.softcap, "z")
         grad = out if out.dtype == statistics_dtype(out.dtype) else self._buffer("z", x)
-        log_p = torch.sub(z, stats.lse[:, None], out=grad)
         column, others = labels[:, None], grads.others[:, None]
         if grads.entropy is None and grads.kl is None:
-            log_p.exp_().mul_(others)
+            self._probabilities(z, stats.lse, grad).mul_(others)
         else:
-            p = torch.exp(log_p, out=self._buffer("p", x))
+            p = self._probabilities(z, stats.lse, self._buffer("p", x))
+            log_p = torch.sub(z, stats.lse[:, None], out=grad)
             rest = self._rest(log_p, p, stats, grads, ref_x)
             at_label = at_label + (rest.gather(1, column) * p.gather(1, column))[:, 0]
             torch.mul(rest.add_(others), p, out=grad)
@@ -245,6 +255,12 @@ class NativeRows:
             grad.mul_(1 / wanted.temperature)
         if grad is not out:
             out.copy_(grad)
+
+    def _probabilities(self, z: Tensor, lse: Tensor, out: Tensor) -> Tensor:
+        """exp(z − lse) in ``out``; by softmax where that is the same, in two thirds of the time."""
+        if self.shard:
+            return torch.sub(z, lse[:, None], out=out).exp_()
+        return torch.softmax(z, 1, out=out)
 
     def _rest(self, log_p: Tensor, p: Tensor, stats: RowStats, grads: RowGrads, ref_x: Tensor | None) -> Tensor:
         """What entropy and KL multiply p_j with; overwrites ``log_p``."""
@@ -290,6 +306,15 @@ class NativeRows:
                 like, dtype=statistics_dtype(like.dtype), memory_format=torch.contiguous_format
             )
         return held[: len(like)]
+
+
+def _from_largest(below_peak: Tensor, peak: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of logits so far below the maximum, log-sums, and those less the maximum, of probabilities ``[n, V]``.
+
+    The largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once.
+    """
+    log_sum = p.amax(1).log_().neg_()
+    return below_peak - log_sum, torch.where(peak == -torch.inf, peak, peak + log_sum), log_sum
 
 
 def _mark(p: Tensor, column: Tensor, logp: Tensor) -> None:

@@ -219,8 +219,7 @@ def _passes(wanted: Wanted, impl: str, shard: Shard | None = None) -> linear_log
         from align_kernels import token_stats_kernel
 
         return token_stats_kernel.TritonRows(wanted)
-    # probabilities of a shard are not those of the vocabulary
-    return NativeRows(wanted, by_probabilities=shard is None)
+    return NativeRows(wanted, shard=shard is not None)
 
 
 def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, layer: Layer) -> Layer | None:

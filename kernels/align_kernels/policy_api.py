@@ -1,16 +1,20 @@
 """The public policy loss: arguments checked, an implementation chosen, shapes restored."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels import _checks, policy_ops, reference
+from align_kernels import _checks, plain, policy_ops, reference
 from align_kernels._dispatch import choose
 from align_kernels._labels import locate
 from align_kernels._plan import autocast, chunk_rows, counted_rows
 from align_kernels._types import PolicyLoss
 from align_kernels.native import statistics_dtype
-from align_kernels.policy_terms import KL_ESTIMATORS, LOSSES
-from align_kernels.pref_logps import check_sequences
+from align_kernels.policy_loss import Sequences, of_few_logits
+from align_kernels.policy_terms import KL_ESTIMATORS, LOSSES, Objective, Tokens
+from align_kernels.pref_logps import check_sequences, segment_sums
 
 
 def linear_policy_loss(
@@ -113,9 +117,11 @@ def linear_policy_loss(
         check_sequences(ids, num_seqs)
     weights = _weights(few_labels, weight.shape[0], normalizer, ids, dtype)
     old, a, ref, rollout = (counted(values, dtype) for values in constants.values())
+    assert old is not None
+    assert a is not None
     ref = ref if kl_coef else None
     flat = hidden.reshape(-1, hidden.shape[-1])
-    settings = {
+    settings: dict[str, Any] = {
         "loss": loss,
         "clip_low": clip_low,
         "clip_high": clip_high,
@@ -125,9 +131,20 @@ def linear_policy_loss(
         "entropy_coef": entropy_coef,
         "tis_cap": tis_cap,
     }
-    if chosen == "reference":
-        assert old is not None
-        assert a is not None
+    if chosen == "native" and plain.suits(len(few_labels) * weight.shape[0], flat):
+        states = flat if rows is None else flat.index_select(0, rows)
+        sequences = Sequences(ids, num_seqs, segment_sums) if ids is not None and ratio == "sequence" else None
+        found: tuple[Any, ...] = of_few_logits(
+            F.linear(states, weight, bias),
+            few_labels,
+            Tokens(old, a, weights, ref, rollout),
+            Objective(loss, clip_low, clip_high, clip_ratio_c, kl_coef, kl_estimator, tis_cap),
+            entropy_coef=entropy_coef,
+            sequences=sequences,
+            temperature=temperature,
+            softcap=softcap,
+        )
+    elif chosen == "reference":
         states = flat if rows is None else flat[rows]
         stats = reference.token_stats(
             reference.logits(states, weight, bias), few_labels, entropy=True, temperature=temperature, softcap=softcap
@@ -146,14 +163,14 @@ def linear_policy_loss(
         chunk = chunk_rows(chunk_bytes, weight.shape[0], flat)
         rest = (temperature, softcap, chunk, accum_dtype, needs, check_labels, chosen)
         found = policy_ops.policy_loss(*inputs, *settings.values(), *rest)
-    value, *columns, low, high, approx_kl = found[:7]
+    value, logp, entropy, ratios, low, high, approx_kl = found[:7]
 
     def whole(values: Tensor) -> Tensor:
         if rows is not None:
             values = values.new_zeros(labels.numel()).index_copy(0, rows, values)
         return values.view(labels.shape)
 
-    return PolicyLoss(value, *map(whole, columns), low, high, approx_kl)
+    return PolicyLoss(value, whole(logp), whole(entropy), whole(ratios), low, high, approx_kl)
 
 
 def _check_needs(

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from align_kernels import linear_logp
+from align_kernels import linear_logp, plain
 from align_kernels._labels import locate, only
 from align_kernels.layer import Layer, LayerGrads
 from align_kernels.linear_logp import Rows
-from align_kernels.native import RowGrads, RowStats, joined
+from align_kernels.native import RowGrads, RowStats, Wanted, joined
 from align_kernels.policy_terms import Objective, Terms, Tokens, policy_terms
 
 # Rows without a gradient are left out of the products where that saves more than a copy of the others costs.
@@ -28,7 +28,7 @@ class Sequences(NamedTuple):
     """Sequence numbers of the counted tokens ``[M]``, and how to add up by them."""
 
     ids: Tensor
-    count: int
+    num: int
     sums: SegmentSums
 
 
@@ -72,6 +72,17 @@ def loss_and_gradients(
         grads = (None, None, None)
         if any(needs):
             grads = linear_logp.backward(rows, layer, None, columns, None, upstream, needs, accum_dtype=accum_dtype)
+    return _found(stats, known, tokens, terms, entropy_coef, grads)
+
+
+def _found(
+    stats: RowStats,
+    known: Tensor | None,
+    tokens: Tokens,
+    terms: Terms,
+    entropy_coef: float,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Found:
     assert stats.entropy is not None
     logp, entropy = only(stats.logp, known), only(stats.entropy, known)
     d = only(logp - tokens.old_logp, known)
@@ -86,6 +97,39 @@ def loss_and_gradients(
         (d * d).sum() / (2 * count.clamp(min=1)),
         grads,
     )
+
+
+def of_few_logits(
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tokens,
+    objective: Objective,
+    *,
+    entropy_coef: float,
+    sequences: Sequences | None,
+    temperature: float,
+    softcap: float | None,
+) -> Found:
+    """The same of logits ``[M, V]`` that exist; autograd takes the loss's derivatives by log-prob to the logits."""
+    wanted = Wanted(temperature, softcap, entropy=True)
+    logp, entropy, _, lse, _ = plain.row_stats(logits, labels, None, wanted, entropy_gradient=bool(entropy_coef))
+    assert entropy is not None
+    with torch.no_grad():
+        _, known = locate(labels, logits.shape[1])
+        stats = RowStats(logp.detach(), lse.detach(), entropy.detach())
+        if sequences is None:
+            terms = policy_terms(stats.logp, only(stats.logp - tokens.old_logp, known), tokens, objective)
+            by_logp = only(terms.by_ratio + terms.by_logp, known)
+        else:
+            terms, by_logp = _sequence_terms(stats, known, tokens, objective, sequences)
+        by_entropy = _entropy_gradient(tokens, known, entropy_coef)
+        found = _found(stats, known, tokens, terms, entropy_coef, (None, None, None))
+    if not logp.requires_grad:
+        return found
+    slope = (
+        torch.dot(by_logp, logp) if by_entropy is None else torch.dot(by_logp, logp) + torch.dot(by_entropy, entropy)
+    )
+    return found._replace(loss=slope + (found.loss - slope.detach()))
 
 
 def _count(flags: Tensor, known: Tensor | None) -> Tensor:
@@ -124,11 +168,15 @@ def _in_one_pass(
                 only(term.by_ratio + term.by_logp, inside), None if by_entropy is None else by_entropy[part]
             )
             _add_chunk(rows, layer, total, part, x, index[part], stats, grads)
-    joined_terms = Terms(*(torch.cat(values) for values in zip(*terms, strict=True))) if terms else None
-    if joined_terms is None:
-        none = tokens.old_logp
-        joined_terms = Terms(none, none, none, none, none.bool(), none.bool())
-    return total.rounded(layer), joined(found, rows.wanted, layer.hidden), joined_terms
+    return total.rounded(layer), joined(found, rows.wanted, layer.hidden), _joined_terms(terms, tokens.old_logp)
+
+
+def _joined_terms(terms: list[Terms], like: Tensor) -> Terms:
+    """The terms of all chunks, or of no tokens."""
+    if terms:
+        return Terms(*(torch.cat(values) for values in zip(*terms, strict=True)))
+    none = like.new_empty(0)
+    return Terms(none, none, none, none, none.bool(), none.bool())
 
 
 def _add_chunk(
@@ -161,8 +209,8 @@ def _sequence_terms(
     """Terms where the ratio is the sequence's, exp of the mean of its log-ratios, and derivatives by log-prob."""
     counted = torch.ones_like(stats.logp, dtype=torch.bool) if known is None else known
     ids = sequences.ids
-    sums, sizes = sequences.sums(only(stats.logp - tokens.old_logp, known), counted, ids, sequences.count)
+    sums, sizes = sequences.sums(only(stats.logp - tokens.old_logp, known), counted, ids, sequences.num)
     sizes = sizes.clamp(min=1)
     terms = policy_terms(stats.logp, (sums / sizes)[ids], tokens, objective)
-    by_mean, _ = sequences.sums(only(terms.by_ratio, known), counted, ids, sequences.count)
+    by_mean, _ = sequences.sums(only(terms.by_ratio, known), counted, ids, sequences.num)
     return terms, only((by_mean / sizes)[ids] + terms.by_logp, known)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from align_kernels import _checks
 from align_kernels._dispatch import choose
-from align_kernels._plan import counted_rows
-from align_kernels.api import linear_token_logprobs
+from align_kernels.api import counted_stats
 
 
 def preference_logps(
@@ -57,13 +56,22 @@ def preference_logps(
     _checks.dtype("seq_ids", seq_ids, _checks.INTEGERS)
     _checks.device(labels=labels, seq_ids=seq_ids)
     chosen = choose("preference_logps", hidden.device, hidden.dtype, impl)
-    rows = counted_rows(mask, rows, labels)
-    settings = {"bias": bias, "temperature": temperature, "softcap": softcap, "save": save, "impl": chosen}
-    logp = linear_token_logprobs(hidden, weight, labels, rows=rows, check_labels=check_labels, **settings).logp
+    (values, *_), rows = counted_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        mask=mask,
+        rows=rows,
+        temperature=temperature,
+        softcap=softcap,
+        save=save,
+        check_labels=check_labels,
+        impl=chosen,
+    )
     flat_labels, ids = labels.reshape(-1), seq_ids.reshape(-1).long()
-    values = logp.reshape(-1)
     if rows is not None:
-        values, flat_labels, ids = (x.index_select(0, rows) for x in (values, flat_labels, ids))
+        flat_labels, ids = flat_labels.index_select(0, rows), ids.index_select(0, rows)
     check_sequences(ids, num_seqs)
     counted = (flat_labels >= 0) & (flat_labels < weight.shape[0])
     if chosen == "triton":

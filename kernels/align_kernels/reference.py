@@ -61,7 +61,8 @@ def token_stats(
 
 def _expectation(p: Tensor, values: Tensor) -> Tensor:
     """Σ p·v; what has probability 0 contributes 0, whatever its value."""
-    return torch.where(p > 0, p * torch.where(p > 0, values, 0.0), 0.0).sum(-1)
+    nothing = p == 0  # p > 0 would hide a NaN
+    return torch.where(nothing, 0.0, p * torch.where(nothing, 0.0, values)).sum(-1)
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
