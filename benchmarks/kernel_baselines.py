@@ -43,9 +43,22 @@ def cce_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def policy_loss(hidden: Tensor, weight: Tensor, labels: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's clipped loss, ε = 0.2, mean over all tokens."""
-    ratio = (linear_logp(hidden, weight, labels) - old_logp).exp()
+    """PPO's clipped loss, ε = 0.2, mean over all tokens; and what every trainer logs with it, as ours does."""
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    logp = log_p.gather(-1, labels[:, None])[:, 0]
+    ratio = (logp - old_logp).exp()
+    with torch.no_grad():
+        policy_metrics(log_p, logp, old_logp, ratio, advantages)
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+
+
+def policy_metrics(
+    log_p: Tensor, logp: Tensor, old_logp: Tensor, ratio: Tensor, advantages: Tensor
+) -> tuple[Tensor, ...]:
+    """Entropy of each token, how many ratios either clip catches, and the approximate KL."""
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    low, high = (ratio < 0.8) & (advantages < 0), (ratio > 1.2) & (advantages > 0)
+    return entropy, low.sum(), high.sum(), ((logp - old_logp) ** 2).mean() / 2
 
 
 def preference_logps(hidden: Tensor, weight: Tensor, labels: Tensor, seq_ids: Tensor, num_seqs: int) -> Tensor:

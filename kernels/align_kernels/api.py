@@ -213,7 +213,11 @@ def counted_stats(
         states = flat if rows is None else flat.index_select(0, rows)
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
         wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
-        found = plain.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
+        if wanted.log_probs_only and not argmax:
+            logp, lse = plain.linear_log_probs(states, weight, bias, few_labels, temperature)
+            found = (logp, None, None, lse, None)
+        else:
+            found = plain.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
     elif chosen == "reference":
         options = {"entropy": entropy, "argmax": argmax, "temperature": temperature, "softcap": softcap}
         found = _reference_stats(flat, weight, bias, ref, few_labels, rows, check_labels, **options)

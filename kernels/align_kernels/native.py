@@ -161,9 +161,9 @@ class NativeRows:
             return RowStats(logp, picked - logp, argmax=argmax)
         peak = z.amax(1)
         torch.softmax(z, 1, out=out)
-        logp, lse, _ = _from_largest(picked - peak, peak, out)
+        logp, lse, _ = from_largest(picked - peak, peak, out)
         if probabilities:
-            _mark(out, column, logp)
+            mark(out, column, logp)
             if out is not x:
                 x.copy_(out)
         return RowStats(logp, lse, argmax=argmax)
@@ -174,7 +174,7 @@ class NativeRows:
             rows = x[part]
             z = self._transformed(rows, self.wanted.temperature, self.wanted.softcap, "z", True)
             torch.softmax(z, 1, out=z)
-            _mark(z, labels[part, None], logp[part])
+            mark(z, labels[part, None], logp[part])
             if z is not rows:
                 rows.copy_(z)
 
@@ -183,7 +183,7 @@ class NativeRows:
         peak = z.amax(1)
         shifted = torch.sub(z, peak[:, None], out=out)
         p = torch.softmax(shifted, 1, out=self._buffer("p", z))
-        logp, lse, log_sum = _from_largest(picked - peak, peak, p)
+        logp, lse, log_sum = from_largest(picked - peak, peak, p)
         log_p = shifted.sub_(log_sum[:, None])
         stats = RowStats(logp, lse)
         if ref_x is not None:
@@ -192,7 +192,7 @@ class NativeRows:
             peak = y.amax(1)
             shifted = torch.sub(y, peak[:, None], out=self._buffer("y", ref_x))
             q = torch.softmax(shifted, 1, out=self._buffer("q", ref_x))
-            _, ref_lse, log_sum = _from_largest(peak, peak, q)
+            _, ref_lse, log_sum = from_largest(peak, peak, q)
             log_q = shifted.sub_(log_sum[:, None])
             kl = torch.sub(log_p, log_q, out=log_q).masked_fill_(p == 0, 0.0).mul_(p).sum(1)
             stats = stats._replace(kl=kl, ref_lse=ref_lse)
@@ -308,7 +308,7 @@ class NativeRows:
         return held[: len(like)]
 
 
-def _from_largest(below_peak: Tensor, peak: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def from_largest(below_peak: Tensor, peak: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of logits so far below the maximum, log-sums, and those less the maximum, of probabilities ``[n, V]``.
 
     The largest probability is 1/Σe^(z − max): its logarithm is the log-sum, rounded once.
@@ -317,7 +317,7 @@ def _from_largest(below_peak: Tensor, peak: Tensor, p: Tensor) -> tuple[Tensor, 
     return below_peak - log_sum, torch.where(peak == -torch.inf, peak, peak + log_sum), log_sum
 
 
-def _mark(p: Tensor, column: Tensor, logp: Tensor) -> None:
+def mark(p: Tensor, column: Tensor, logp: Tensor) -> None:
     """p − 1 in the label's column, from the log-prob: by subtraction it would be lost to rounding as p nears 1."""
     p.scatter_(1, column, torch.expm1(logp)[:, None])
 

@@ -1,13 +1,14 @@
-"""Statistics of few logits in plain library calls with their own gradients: an autograd function costs more there."""
+"""Statistics of few logits: as few library calls as they take, since there a call costs as much as its work."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from align_kernels._labels import locate
-from align_kernels.native import LEAST_LOG_P, Wanted
+from align_kernels._labels import locate, only
+from align_kernels.native import LEAST_LOG_P, Wanted, from_largest, mark
 
 # Up to so many logits a call is dominated by what Python costs.
 FEW_LOGITS = 2**20
@@ -34,22 +35,85 @@ def row_stats(
         locate(labels, x.shape[1], check=True)
         raise
     entropy = kl = None
-    if wanted.entropy or ref_x is not None:
-        from_p = log_p if entropy_gradient or ref_x is not None else log_p.detach()
+    # only −inf, which is rare, needs care with what has probability 0; its products are NaN
+    if wanted.entropy:
+        from_p = log_p if entropy_gradient else log_p.detach()
         p = from_p.exp()
-        # only −inf, which is rare, needs care with what has probability 0
-        finite = bool(log_p.detach().sum().isfinite())
-        if wanted.entropy:
-            entropy = -(p * (from_p if finite else from_p.clamp(min=LEAST_LOG_P))).sum(1)
-        if ref_x is not None:
-            log_q = _transformed(ref_x, wanted.ref_temperature, wanted.ref_softcap).log_softmax(1).to(log_p.dtype)
-            difference = log_p - log_q
-            finite = finite and bool(log_q.sum().isfinite())
-            kl = (p * (difference if finite else difference.masked_fill(p == 0, 0.0))).sum(1)
+        entropy = -(p * from_p).sum(1)
+        if not _finite(entropy):
+            entropy = -(p * from_p.clamp(min=LEAST_LOG_P)).sum(1)
+    if ref_x is not None:
+        p = log_p.exp()
+        log_q = _transformed(ref_x, wanted.ref_temperature, wanted.ref_softcap).log_softmax(1).to(log_p.dtype)
+        difference = log_p - log_q
+        kl = (p * difference).sum(1)
+        if not _finite(kl):
+            kl = (p * difference.masked_fill(p == 0, 0.0)).sum(1)
     # any column that is not −inf tells the log-sum
     first = z[:, 0]
-    lse = first - log_p[:, 0] if bool(first.detach().isfinite().all()) else z.amax(1) - log_p.amax(1)
+    lse = first - log_p[:, 0] if _finite(first) else z.amax(1) - log_p.amax(1)
     return logp, entropy, kl, lse, z.argmax(1) if wanted.argmax else None
+
+
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and log-sum of few logits of hidden states ``[n, H]``."""
+    index, inside = locate(labels, len(weight), check=True)
+    return _LinearLogProbs.apply(hidden, weight, bias, index, inside, temperature)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    """Forward leaves p − 1[j = label] in place of the logits; the gradients are two products with it, as in K2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        inside: Tensor | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        z = F.linear(hidden, weight, bias)
+        if temperature != 1.0:
+            z.mul_(1 / temperature)
+        column = index[:, None]
+        peak = z.amax(1)
+        below_peak = z.gather(1, column)[:, 0].sub_(peak)
+        logp, lse, _ = from_largest(below_peak, peak, torch.softmax(z, 1, out=z))
+        if any(ctx.needs_input_grad):
+            mark(z, column, logp)
+            ctx.save_for_backward(hidden, weight, index, inside, z)
+            ctx.temperature = temperature
+            ctx.set_materialize_grads(False)
+        return logp if inside is None else only(logp, inside), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, index, inside, marked = ctx.saved_tensors
+        scale = hidden.new_zeros(len(hidden)) if grad_logp is None else only(grad_logp, inside).neg_()
+        if grad_lse is not None:  # of the label's column: p·g_lse = (p − 1)·g_lse + g_lse
+            scale = scale + grad_lse
+            marked = (marked * scale[:, None]).scatter_add_(1, index[:, None], grad_lse[:, None])
+            scale = torch.ones_like(scale)
+        if ctx.temperature != 1.0:
+            scale = scale / ctx.temperature
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            (marked @ weight).mul_(scale[:, None]) if needs_hidden else None,
+            marked.T @ (hidden * scale[:, None]) if needs_weight else None,
+            marked.T @ scale if needs_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.detach().isfinite().all())
 
 
 def _transformed(x: Tensor, temperature: float, softcap: float | None) -> Tensor:
