@@ -209,6 +209,7 @@ def counted_stats(
     few_labels = labels.reshape(-1) if rows is None else labels.reshape(-1)[rows]
     count, vocabulary = len(few_labels), len(weight)
     q = Reference(None, None) if ref is None else ref  # type: ignore[arg-type]
+    found: Stats
     if chosen == "native" and shard is None and plain.suits(count * vocabulary, flat):
         states = flat if rows is None else flat.index_select(0, rows)
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)

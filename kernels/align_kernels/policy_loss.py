@@ -112,7 +112,7 @@ def of_few_logits(
 ) -> Found:
     """The same of logits ``[M, V]`` that exist; autograd takes the loss's derivatives by log-prob to the logits."""
     wanted = Wanted(temperature, softcap, entropy=True)
-    logp, entropy, _, lse, _ = plain.row_stats(logits, labels, None, wanted, entropy_gradient=bool(entropy_coef))
+    logp, entropy, _, lse, _ = plain.row_stats(logits, labels, None, wanted)
     assert entropy is not None
     with torch.no_grad():
         _, known = locate(labels, logits.shape[1])
