@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_align.run.directory import git_commit, hardware, versions
+from lightning_align.run.environment import git_commit, hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

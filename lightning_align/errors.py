@@ -1,5 +1,7 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and what its messages are made of."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -8,6 +10,12 @@ class UserError(Exception):
 
     The command line prints it as ``error: …`` and exits with code 2; the traceback is shown only under ``--debug``.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def check_options(section: str, *rules: tuple[str, Any, bool, str]) -> None:

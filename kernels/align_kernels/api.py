@@ -215,7 +215,7 @@ def counted_stats(
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
         wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
         if wanted.log_probs_only and not argmax:
-            logp, lse = plain.linear_log_probs(states, weight, bias, few_labels, temperature)
+            logp, lse, _ = plain.linear_log_probs(states, weight, bias, few_labels, temperature)
             found = (logp, None, None, lse, None)
         else:
             found = plain.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)

@@ -92,11 +92,11 @@ class _LogProbsAndEntropy(torch.autograd.Function):
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and log-sum of few logits of hidden states ``[n, H]``."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperature: float, *, entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob, log-sum and, without a gradient, entropy of few logits of hidden states ``[n, H]``."""
     index, inside = locate(labels, len(weight), check=True)
-    return _LinearLogProbs.apply(hidden, weight, bias, index, inside, temperature)
+    return _LinearLogProbs.apply(hidden, weight, bias, index, inside, temperature, entropy)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -111,7 +111,8 @@ class _LinearLogProbs(torch.autograd.Function):
         index: Tensor,
         inside: Tensor | None,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         z = F.linear(hidden, weight, bias)
         if temperature != 1.0:
             z.mul_(1 / temperature)
@@ -119,16 +120,19 @@ class _LinearLogProbs(torch.autograd.Function):
         peak = z.amax(1)
         below_peak = z.gather(1, column)[:, 0].sub_(peak)
         logp, lse, _ = from_largest(below_peak, peak, torch.softmax(z, 1, out=z))
+        entropies = torch.special.entr(z).sum(1) if entropy else None
+        if entropies is not None:
+            ctx.mark_non_differentiable(entropies)
         if any(ctx.needs_input_grad):
             mark(z, column, logp)
             ctx.save_for_backward(hidden, weight, index, inside, z)
             ctx.temperature = temperature
             ctx.set_materialize_grads(False)
-        return logp if inside is None else only(logp, inside), lse
+        return logp if inside is None else only(logp, inside), lse, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, index, inside, marked = ctx.saved_tensors
         scale = hidden.new_zeros(len(hidden)) if grad_logp is None else only(grad_logp, inside).neg_()
         if grad_lse is not None:  # of the label's column: p·g_lse = (p − 1)·g_lse + g_lse
@@ -142,9 +146,7 @@ class _LinearLogProbs(torch.autograd.Function):
             (marked @ weight).mul_(scale[:, None]) if needs_hidden else None,
             marked.T @ (hidden * scale[:, None]) if needs_weight else None,
             marked.T @ scale if needs_bias else None,
-            None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 

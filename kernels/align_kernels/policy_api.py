@@ -11,7 +11,7 @@ from align_kernels._dispatch import choose
 from align_kernels._labels import locate
 from align_kernels._plan import autocast, chunk_rows, counted_rows
 from align_kernels._types import PolicyLoss
-from align_kernels.native import statistics_dtype
+from align_kernels.native import Wanted, statistics_dtype
 from align_kernels.policy_loss import Sequences, of_few_logits
 from align_kernels.policy_terms import KL_ESTIMATORS, LOSSES, Objective, Tokens
 from align_kernels.pref_logps import check_sequences, segment_sums
@@ -134,15 +134,21 @@ def linear_policy_loss(
     if chosen == "native" and plain.suits(len(few_labels) * weight.shape[0], flat):
         states = flat if rows is None else flat.index_select(0, rows)
         sequences = Sequences(ids, num_seqs, segment_sums) if ids is not None and ratio == "sequence" else None
+        if entropy_coef or softcap is not None:
+            wanted = Wanted(temperature, softcap, entropy=True)
+            logp, entropy, _, lse, _ = plain.row_stats(F.linear(states, weight, bias), few_labels, None, wanted)
+        else:
+            logp, lse, entropy = plain.linear_log_probs(states, weight, bias, few_labels, temperature, entropy=True)
+        assert entropy is not None
         found: tuple[Any, ...] = of_few_logits(
-            F.linear(states, weight, bias),
-            few_labels,
+            logp,
+            entropy,
+            lse,
+            locate(few_labels, len(weight))[1],
             Tokens(old, a, weights, ref, rollout),
             Objective(loss, clip_low, clip_high, clip_ratio_c, kl_coef, kl_estimator, tis_cap),
             entropy_coef=entropy_coef,
             sequences=sequences,
-            temperature=temperature,
-            softcap=softcap,
         )
     elif chosen == "reference":
         states = flat if rows is None else flat[rows]

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from align_kernels import linear_logp, plain
+from align_kernels import linear_logp
 from align_kernels._labels import locate, only
 from align_kernels.layer import Layer, LayerGrads
 from align_kernels.linear_logp import Rows
-from align_kernels.native import RowGrads, RowStats, Wanted, joined
+from align_kernels.native import RowGrads, RowStats, joined
 from align_kernels.policy_terms import Objective, Terms, Tokens, policy_terms
 
 # Rows without a gradient are left out of the products where that saves more than a copy of the others costs.
@@ -100,22 +100,18 @@ def _found(
 
 
 def of_few_logits(
-    logits: Tensor,
-    labels: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    known: Tensor | None,
     tokens: Tokens,
     objective: Objective,
     *,
     entropy_coef: float,
     sequences: Sequences | None,
-    temperature: float,
-    softcap: float | None,
 ) -> Found:
-    """The same of logits ``[M, V]`` that exist; autograd takes the loss's derivatives by log-prob to the logits."""
-    wanted = Wanted(temperature, softcap, entropy=True)
-    logp, entropy, _, lse, _ = plain.row_stats(logits, labels, None, wanted)
-    assert entropy is not None
+    """The same of statistics that exist; autograd takes the loss's derivatives by log-prob to what they came from."""
     with torch.no_grad():
-        _, known = locate(labels, logits.shape[1])
         stats = RowStats(logp.detach(), lse.detach(), entropy.detach())
         if sequences is None:
             terms = policy_terms(stats.logp, only(stats.logp - tokens.old_logp, known), tokens, objective)

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_align.errors import UserError
+from lightning_align.run.files import replacing, write_atomically
 
 
 class NanGuard(Callback):
@@ -44,8 +45,9 @@ def save_batch(batch: Mapping[str, Any], folder: Path, name: str) -> Path:
     written = []
     if tensors:
         written.append(folder / f"{name}.safetensors")
-        save_file(tensors, written[0])
+        with replacing(written[0]) as file:
+            file.write(save(tensors))
     if rest:
         written.append(folder / f"{name}.json")
-        written[-1].write_text(json.dumps(rest, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+        write_atomically(written[-1], json.dumps(rest, ensure_ascii=False, indent=1, default=str))
     return written[0] if len(written) == 1 else folder

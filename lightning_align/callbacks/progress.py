@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-# label, and the metrics it may come from in order of preference; evaluation beats training where both exist
+# label, and the metrics it may come from, best first; KL, proxy and gold are of the same samples, those of this step
 SHOWN = (
     ("loss", ("loss", "loss/policy_avg")),
     ("acc", ("accuracy",)),
-    ("KL", ("eval/lab/kl", "lab/kl", "objective/kl")),
-    ("proxy", ("lab/proxy", "eval/lab/proxy", "objective/scores")),
-    ("gold", ("eval/lab/gold", "lab/gold")),
+    ("KL", ("lab/kl", "objective/kl", "eval/lab/kl")),
+    ("proxy", ("lab/proxy", "objective/scores", "eval/lab/proxy")),
+    ("gold", ("lab/gold", "eval/lab/gold")),
     ("eval loss", ("eval/loss",)),
     ("eval acc", ("eval/accuracy",)),
 )

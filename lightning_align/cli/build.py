@@ -110,6 +110,16 @@ class AlignCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from error  # it checks the options that the user gave
 
 
+class Words(AlignCLI):
+    """The command line parsed and no more."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+
 BASES: dict[str, type] = {"model": AlignModule, "data": BaseDataModule}
 
 
@@ -153,7 +163,18 @@ def build(command: str, argv: list[str]) -> AlignCLI:
     words, notices = translate_options(classes_first(argv, BASES), BASES)
     for notice in notices if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
         print(f"note: {notice}", file=sys.stderr)
-    cli = AlignCLI(
+    cli = _parsed(AlignCLI, command, words)
+    check_pair(cli.model, cli.datamodule)
+    return cli
+
+
+def check_words(command: str, argv: list[str]) -> None:
+    """Raise :class:`UserError` for options that :func:`build` would not understand; makes and reads nothing."""
+    _parsed(Words, command, translate_options(classes_first(argv, BASES), BASES)[0])
+
+
+def _parsed(cli: type[AlignCLI], command: str, words: list[str]) -> AlignCLI:
+    return cli(
         AlignModule,
         BaseDataModule,
         subclass_mode_model=True,
@@ -173,8 +194,6 @@ def build(command: str, argv: list[str]) -> AlignCLI:
         run=False,
         args=words,
     )
-    check_pair(cli.model, cli.datamodule)
-    return cli
 
 
 def check_pair(module: AlignModule, datamodule: BaseDataModule) -> None:

@@ -1,4 +1,4 @@
-"""``doctor``: versions, devices, what is missing for an extra, and a self-test of the parts everything stands on."""
+"""``doctor``: versions, devices, missing extras, which kernels run, and a self-test of what everything stands on."""
 
 import importlib.util
 import os
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import psutil
 
 from lightning_align.cli.options import OptionParser
-from lightning_align.run.directory import versions
+from lightning_align.run.environment import versions
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 EXTRAS = {
     "triton": ("gpu", "fused GPU kernels"),
+    "bitsandbytes": ("bnb", "8-bit optimisers"),
     "trl": ("parity", "parity tests against TRL"),
     "pytest": ("dev", "the tests"),
 }
@@ -30,10 +31,15 @@ CPU_FEATURES = {
 
 def main(argv: list[str]) -> int:
     """Print the report; exit code 1 if a self-test fails."""
-    parser = OptionParser("doctor", "Versions, devices, extras and a self-test.")
+    parser = OptionParser("doctor", "Versions, devices, extras, kernels and a self-test.")
     parser.add_argument("--no-test", dest="test", action="store_false", help="leave the self-test out")
     options = parser.parse_args(argv)
-    for title, lines in (("versions", _versions()), ("machine", _machine()), ("extras", _extras())):
+    for title, lines in (
+        ("versions", _versions()),
+        ("machine", _machine()),
+        ("extras", _extras()),
+        ("kernels", _kernels()),
+    ):
         print(title)
         for line in lines:
             print(f"  {line}")
@@ -72,6 +78,22 @@ def cpu_flags() -> set[str]:
         return set()
     lines = path.read_text(encoding="utf-8").splitlines()
     return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def _kernels() -> list[str]:
+    """Which implementation of each operation runs here, and why no faster one does."""
+    import torch
+
+    import align_kernels
+    from align_kernels import scan_compiled
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lines = [f"{op:<23}{align_kernels.available_impls(op, device)[0]}" for op in align_kernels.OPERATIONS]
+    if problem := align_kernels.why_not(align_kernels.OPERATIONS[0], "triton", device):
+        lines.append(f"no triton: {problem}")
+    if problem := scan_compiled.problem():
+        lines.append(f"gae, shaped_advantages run as tensor operations, not as compiled C: {problem}")
+    return lines
 
 
 def _extras() -> list[str]:

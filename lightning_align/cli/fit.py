@@ -15,15 +15,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_align.callbacks.export import ExportModel
+from lightning_align.callbacks.figure import EvaluationFigure
 from lightning_align.callbacks.nan_guard import NanGuard
 from lightning_align.callbacks.progress import RunProgress
 from lightning_align.cli.build import AlignCLI, build, import_methods, with_saved_config
-from lightning_align.cli.main import nearest
 from lightning_align.cli.plan import Plan, PlanOnly
-from lightning_align.errors import UserError, check_options
+from lightning_align.errors import UserError, check_options, nearest
 from lightning_align.methods.online import OnlineModule
+from lightning_align.methods.reward import RewardModule
 from lightning_align.run.checkpoints import RunCheckpoints, check_checkpoint
-from lightning_align.run.directory import CONFIG_FILE, RunDirectory, find_parents
+from lightning_align.run.directory import CONFIG_FILE, RunDirectory, check_parents, find_parents, read_status
 from lightning_align.run.logging import FileLogger, WandbMirror, wandb_mode
 from lightning_align.run.resume import RandomState, use_boundary_loop
 from lightning_align.run.signals import StopRequest
@@ -69,7 +70,7 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec.*",
         ".*callbacks used to create the checkpoint.*",
         ".*max_epochs. was not set.*",
-        ".*gradient_checkpointing_enable. is deprecated.*",  # the new name is not in all versions that are allowed
+        ".*Total length of `list` across ranks is zero.*",  # nothing is held out, which the report on the data says
     ):
         warnings.filterwarnings("ignore", message)
     warnings.formatwarning = lambda message, *_: f"warning: {' '.join(str(message).split())}\n"
@@ -82,17 +83,27 @@ def fit(cli: AlignCLI, stop: StopRequest) -> int:
     run, resume = run_directory(cli)
     if rank_zero_only.rank == 0 and not config.dry_run:  # type: ignore[attr-defined]
         run.check()
-    if resume:
-        check_unchanged(cli, run.path / CONFIG_FILE)
-    checkpoint = starting_point(run, config.ckpt_path, resume)
-    trainer = fit_trainer(cli, run, stop)
+        if resume or run.overwrite:
+            run.hold()
     try:
-        run_trainer("fit", trainer, cli, checkpoint)
+        train(cli, stop, run, resume)
     except PlanOnly:
         return 0
+    finally:
+        run.close()
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         print(f"finished: {run.path} (model in {run.model})", file=sys.stderr)
     return 0
+
+
+def train(cli: AlignCLI, stop: StopRequest, run: RunDirectory, resume: bool) -> None:
+    """Train in ``run``, which no other process is in."""
+    config = cli.config
+    if resume:
+        check_unchanged(cli, run.path / CONFIG_FILE)
+        check_parents(run.path, find_parents(config.as_dict()))
+    checkpoint = starting_point(run, config.ckpt_path, resume)
+    run_trainer("fit", fit_trainer(cli, run, stop), cli, checkpoint)
 
 
 def run_directory(cli: AlignCLI) -> tuple[RunDirectory, bool]:
@@ -178,7 +189,11 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
         stop=stop,
     )
     callbacks = [
-        Plan(dry_run=config.dry_run, record=run.update),
+        Plan(
+            dry_run=config.dry_run,
+            record=run.update,
+            data_hash=read_status(run.path).get("data_hash") if run.resume else None,
+        ),
         NanGuard(run.path),
         RandomState(),
         checkpoints,
@@ -186,6 +201,8 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
     ]
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(RunProgress("iteration", module.iterations) if online else RunProgress("step"))
+    if isinstance(module, RewardModule):
+        callbacks.append(EvaluationFigure(run.path / "reliability.png", lambda: reliability(module, run)))
     mirror = WandbMirror(run.path, wandb_mode(config.run.wandb), config.as_dict())
     overrides: dict[str, Any] = {"logger": [files, mirror], "default_root_dir": str(run.path)}
     if online:  # one training step is one iteration, and the module evaluates itself after it
@@ -195,6 +212,15 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
     trainer = cli.build_trainer(callbacks, **overrides)
     use_boundary_loop(trainer)
     return trainer
+
+
+def reliability(module: RewardModule, run: RunDirectory) -> bytes | None:
+    """The calibration of a reward model in its last evaluation; None if it had no comparisons."""
+    if not module.reliability:
+        return None
+    from lightning_align.lab.reliability import draw_reliability  # drawing takes a second to import
+
+    return draw_reliability(module.reliability, run.path.name)
 
 
 def check_trainer_options(options: Any, *, online: bool) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.prompt is not None and options.file is not None:
         raise UserError("--prompt and --file exclude each other")
+    if options.temperature == 0:
+        raise UserError("--temperature is 0: give one above 0, or --greedy for the likeliest token")
+    if options.rollout_batch_size < 1:
+        raise UserError(f"--rollout_batch_size is {options.rollout_batch_size}: give at least 1")
     if options.file is not None and not options.file.is_file():
         raise UserError(f"file {options.file} does not exist (--file)")
     if options.out is not None:
@@ -53,6 +58,7 @@ def _parser() -> OptionParser:
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a drawn one")
     parser.add_argument("--stop_strings", nargs="*", default=[], help="texts that end a completion")
     parser.add_argument("--engine", choices=("auto", "static", "generate"), default="auto")
+    parser.add_argument("--rollout_batch_size", type=int, default=128, help="most completions decoded at a time")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, help="for the same completions again (default: a new one each time)")
     return parser
@@ -81,7 +87,7 @@ class Sampler:
         self.tokenizer = load_tokenizer(options.model)
         model = load_causal_lm(options.model, tokenizer=self.tokenizer, dtype=options.dtype).eval()
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.engine = build_engine(options.engine, model, self.tokenizer)
+        self.engine = build_engine(options.engine, model, self.tokenizer, max_batch=options.rollout_batch_size)
         self.next_seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
 
     def complete(self, prompts: list[Any]) -> list[dict[str, Any]]:
@@ -89,6 +95,10 @@ class Sampler:
         from lightning_align.data.encode import encode_prompt
 
         ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        unknown = self.tokenizer.unk_token_id
+        if unknown not in (None, self.tokenizer.eos_token_id) and any(unknown in row for row in ids):
+            strange = sum(unknown in row for row in ids)
+            warnings.warn(f"{strange} of {len(ids)} prompts have words that the tokenizer does not know", stacklevel=2)
         count = len(prompts) * self.params.num_samples
         seeds = range(self.next_seed, self.next_seed + count)
         self.next_seed += count

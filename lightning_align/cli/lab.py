@@ -1,14 +1,14 @@
 """``lab``: what finished runs say. ``lab overopt`` draws the true score over KL and names the checkpoint to keep."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from errno import EISDIR
 from pathlib import Path
 
-from lightning_align.cli.main import nearest
 from lightning_align.cli.options import OptionParser
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, nearest
 
 ACTIONS = ("overopt",)
 
@@ -46,6 +46,11 @@ def overopt(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of a CSV, such as kl=objective/kl"
     )
+    parser.add_argument("--aspects", action="store_true", help="also draw helpfulness and safety over KL (aspects.png)")
+    parser.add_argument(
+        "--against", type=Path, action="append", default=[], metavar="RUN",
+        help="another run to draw the aspects of beside this one's; may be given several times",
+    )  # fmt: skip
     options = parser.parse_args(argv)
     columns = dict(_pair(word) for word in options.columns)
     if options.source != "auto" and set(columns) - {"step"}:
@@ -67,14 +72,42 @@ def overopt(argv: Sequence[str]) -> int:
         options.report or out / "overopt.html": render(analysis, finding).encode(errors="replace"),
         out / "overopt.json": to_json(summarise(analysis, finding, options.run)).encode(),
     }
+    runs = [options.run, *options.against]
+    lines, more = aspects(runs, out) if options.aspects or options.against else ([], {})
+    outputs |= more
     _write(outputs)
     print(finding.headline)
     for sentence in finding.sentences:
         print(f"  {sentence}")
     if analysis.choice.checkpoint is not None:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
+    for line in lines:
+        print(line)
     print(f"wrote {', '.join(map(str, outputs))}")
     return 0
+
+
+def aspects(runs: Sequence[Path], out: Path) -> tuple[list[str], dict[Path, bytes]]:
+    """What helpfulness and safety do over KL in each run: lines to print, and files to write."""
+    from lightning_align.lab.aspects import common_kl, draw_aspects, headline, load_policies, table
+    from lightning_align.lab.figures import png
+
+    policies = load_policies(runs)
+    rows = table(policies)
+    lines = [headline(policies)]
+    for name, row in rows.items():
+        lines.append(f"  {name}: " + ", ".join(f"{aspect} {_score(value)}" for aspect, value in row.items()))
+    content = {"kl": common_kl(policies), "policies": rows}
+    files = {
+        out / "aspects.png": png(draw_aspects(policies)),
+        out / "aspects.json": json.dumps(content, indent=2).encode(),
+    }
+    return lines, files
+
+
+def _score(value: Mapping[str, float | None]) -> str:
+    ends = "" if value["low"] is None else f" ({value['low']:.3f} to {value['high']:.3f})"
+    return f"{value['score']:.3f}{ends}"
 
 
 def _write(outputs: Mapping[Path, bytes]) -> None:

@@ -1,13 +1,12 @@
 """The top level of the command line: answers ``--help`` and ``--version`` itself, imports a command only to run it."""
 
-import difflib
 import importlib
 import sys
 import traceback
 from dataclasses import dataclass
 
 from lightning_align import __version__
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, nearest
 from lightning_align.run.signals import Interrupted
 
 PROGRAM = "lightning-align"
@@ -55,12 +54,6 @@ def help_text() -> str:
     )
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
-
-
 def dispatch(argv: list[str]) -> int:
     """Run the command that ``argv`` (without ``--debug``) names; returns the exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -87,6 +80,15 @@ def run(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").startswith("lightning_align"):
+            raise
+        print(
+            f"error: {error}: this Python ({sys.executable}) lacks what {PROGRAM} needs; use the one that it was "
+            "installed for (after make env: .venv/bin/python)",
+            file=sys.stderr,
+        )
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as stop:
         if debug:

@@ -4,8 +4,7 @@ import argparse
 import re
 from typing import NoReturn
 
-from lightning_align.cli.main import nearest
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, nearest
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 
-from lightning_align.cli.main import nearest
+from lightning_align.errors import nearest
 
 
 def subclasses(base: type) -> dict[str, type]:

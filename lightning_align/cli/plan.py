@@ -13,12 +13,14 @@ from lightning_align.data.datamodules import BaseDataModule
 from lightning_align.errors import UserError
 from lightning_align.methods.base import AlignModule
 from lightning_align.methods.online import OnlineModule
-from lightning_align.models.loading import load_config
+from lightning_align.methods.optimizers import state_bytes
+from lightning_align.models.loading import Parameters, load_config
+from lightning_align.models.masks import can_pack
 from lightning_align.models.memory import estimate_memory
 from lightning_align.models.sources import resolve_source
+from lightning_align.rollout.memory import sampler_memory
 
 GIB = 2**30
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
 
 
 class PlanOnly(BaseException):
@@ -30,17 +32,20 @@ class Plan(Callback):
 
     Args:
         dry_run: Whether the plan is all that was asked for.
-        record: Called with ``data``, the report on the data, once there is a run that can keep it.
+        record: Called with ``data``, the report on the data, and ``data_hash`` once there is a run that can keep them.
+        data_hash: Of the data that a resumed run began with; others are refused.
     """
 
-    def __init__(self, *, dry_run: bool, record: Callable[..., None]) -> None:
+    def __init__(self, *, dry_run: bool, record: Callable[..., None], data_hash: str | None = None) -> None:
         self.dry_run = dry_run
         self.record = record
+        self.data_hash = data_hash
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print on the first process."""
         assert isinstance(pl_module, AlignModule)
         check_validation(trainer)
+        check_same_data(trainer, self.data_hash)
         rows = plan(trainer, pl_module)  # on every process: they agree on the number of steps, and wait for each other
         if trainer.is_global_zero:
             show(rows)
@@ -50,7 +55,18 @@ class Plan(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was said of the data."""
         if trainer.is_global_zero:
-            self.record(data=trainer.datamodule.report.to_dict())  # type: ignore[attr-defined]
+            datamodule = trainer.datamodule  # type: ignore[attr-defined]
+            self.record(data=datamodule.report.to_dict(), data_hash=datamodule.train_hash)
+
+
+def check_same_data(trainer: Trainer, before: str | None) -> None:
+    """Raise :class:`UserError` if a resumed run would go on in the middle of other data than it began with."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if before is not None and datamodule.train_hash != before:
+        raise UserError(
+            f"{datamodule.path} gives other training data than the run began with (its records, or how the tokenizer "
+            "reads them, have changed): restore them, or give --overwrite or another --run.name"
+        )
 
 
 def check_validation(trainer: Trainer) -> None:
@@ -70,6 +86,10 @@ def plan(trainer: Trainer, module: AlignModule) -> list[tuple[str, str]]:
     """Rows of the plan: name and value."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(datamodule, BaseDataModule)
+    if datamodule.packs and not can_pack(load_config(resolve_source(module.source), module.tokenizer)):
+        datamodule.report.note(
+            "packing", "undone, as this model cannot keep the documents of a row apart: each gets a row of its own"
+        )
     rows = [("data", line) for line in datamodule.report.lines()]
     rows += (
         online_rows(trainer, module, datamodule)
@@ -77,7 +97,7 @@ def plan(trainer: Trainer, module: AlignModule) -> list[tuple[str, str]]:
         else offline_rows(trainer, datamodule)
     )
     roles = module.parameter_roles()
-    rows.append(("parameters", ", ".join(f"{role} {count / 1e6:,.2f} M" for role, count in roles.items())))
+    rows.append(("parameters", ", ".join(f"{role} {found.number / 1e6:,.2f} M" for role, found in roles.items())))
     return rows + memory_rows(trainer, module, datamodule, roles)
 
 
@@ -87,8 +107,10 @@ def online_rows(trainer: Trainer, module: OnlineModule, datamodule: BaseDataModu
     samples = prompts * module.sampling.num_samples
     steps = module.iterations * module.num_epochs * module.num_mini_batches
     new_tokens = module.sampling.max_new_tokens
+    different = len(datamodule.datasets["train"])
+    repeated = f" (there are {different} different ones, so they repeat)" if different < prompts else ""
     return [
-        ("iteration", f"{prompts} prompts, {samples} completions of at most {new_tokens} tokens"),
+        ("iteration", f"{prompts} prompts{repeated}, {samples} completions of at most {new_tokens} tokens"),
         ("tokens an iteration", f"{samples * (datamodule.mean_tokens + new_tokens):,.0f} at most, prompts included"),
         ("iterations", f"{module.iterations} ({steps:,} optimiser steps at most)"),
     ]
@@ -109,9 +131,13 @@ def offline_rows(trainer: Trainer, datamodule: BaseDataModule) -> list[tuple[str
 
 
 def memory_rows(
-    trainer: Trainer, module: AlignModule, datamodule: BaseDataModule, roles: dict[str, int]
+    trainer: Trainer, module: AlignModule, datamodule: BaseDataModule, roles: dict[str, Parameters]
 ) -> list[tuple[str, str]]:
     """Estimated peak by part, beside what the machine has."""
+    trained = [found for role, found in roles.items() if role in module.trained_roles]
+    frozen = [found for role, found in roles.items() if role not in module.trained_roles]
+    network = roles.get("base", trained[0])  # that activations flow through
+    dtype_bytes = network.size // network.number
     config = load_config(resolve_source(module.source), module.tokenizer).get_text_config()
     if isinstance(module, OnlineModule):
         sequences: float = min(module.micro_batch_size, datamodule.batch_size * module.sampling.num_samples)
@@ -119,15 +145,20 @@ def memory_rows(
     else:
         sequences, length = datamodule.sequences_per_batch, datamodule.max_tokens_seen
     parts = estimate_memory(
-        parameters_trained=sum(count for role, count in roles.items() if role in module.trained_roles),
-        parameters_frozen=sum(count for role, count in roles.items() if role not in module.trained_roles),
+        trained_bytes=sum(found.size for found in trained),
+        frozen_bytes=sum(found.size for found in frozen),
         tokens_per_microbatch=int(sequences * length),
         hidden_size=config.hidden_size,
         num_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
-        dtype_bytes=DTYPE_BYTES[module.model_dtype],
+        optimizer_bytes=state_bytes(module.optimizer_name, trained),
+        dtype_bytes=dtype_bytes,
         gradient_checkpointing=module.gradient_checkpointing,
     )
+    remedy = "the batch or its length"
+    if isinstance(module, OnlineModule):
+        remedy = "model.micro_batch_size, model.rollout_batch_size or the lengths"
+        parts["sampler"] = sampler_part(trainer, module, datamodule, length, dtype_bytes)
     if trainer.strategy.root_device.type == "cpu":
         parts |= {"program and data": psutil.Process().memory_info().rss}
     parts.pop("total")
@@ -138,8 +169,23 @@ def memory_rows(
         ("", ", ".join(f"{name} {gib(size)}" for name, size in parts.items())),
     ]
     if total > available:
-        rows.append(("", "more than there is: lower the batch or its length, or set model.gradient_checkpointing"))
+        rows.append(("", f"more than there is: lower {remedy}, or set model.gradient_checkpointing"))
     return rows
+
+
+def sampler_part(
+    trainer: Trainer, module: OnlineModule, datamodule: BaseDataModule, length: int, dtype_bytes: int
+) -> int:
+    """Bytes of the sampler; ``length`` is that of the longest prompt with its completion."""
+    most = max(datamodule.batch_size * module.sampling.num_samples, datamodule.eval_batch_size)
+    return sampler_memory(
+        module.engine_name,
+        module.empty_model(),
+        trainer.strategy.root_device,
+        rows=min(module.rollout_batch_size, most),
+        slots=length,
+        dtype_bytes=dtype_bytes,
+    )
 
 
 def device_memory(trainer: Trainer) -> tuple[int, str]:

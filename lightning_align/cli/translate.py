@@ -23,6 +23,7 @@ MODEL_ALIASES = {
     "num_ppo_epochs": "num_epochs",
     "num_iterations": "num_epochs",
     "torch_dtype": "dtype",
+    "optim": "optimizer",
 }
 DATA_ALIASES = {
     "per_device_train_batch_size": "batch_size",

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
-from lightning_align.data.cache import cache_folder, cached
+from lightning_align.data.cache import cache_folder, cached, first_process_first, hash_training
 from lightning_align.data.collate import Batchable
 from lightning_align.data.loader import EvalLoader, TrainLoader
 from lightning_align.data.records import Kind, is_conversational
-from lightning_align.data.report import Report
+from lightning_align.data.report import Report, count
 from lightning_align.data.sources import PLAYGROUND
 from lightning_align.data.splits import Split, SplitName, Splits, texts
 from lightning_align.data.tables import Arrays, Counts, Limit, OnOverflow
@@ -91,6 +91,7 @@ class BaseDataModule(L.LightningDataModule):
         self.shuffle = shuffle
         self.cache_dir = cache_dir
         self.seed = 0
+        self.train_hash: str | None = None  # of the training data, to notice that they are others when a run goes on
         self.datasets: dict[SplitName, Batchable] = {}
         self._splits: Splits | None = None
         self._train_loader: TrainLoader | None = None
@@ -117,9 +118,13 @@ class BaseDataModule(L.LightningDataModule):
 
     # ------------------------------------------------------------------ set-up
     def setup(self, stage: str | None = None) -> None:
-        """Read, check and tokenise what the stage needs; Lightning calls this before any weights are loaded."""
+        """Read, check and tokenise what the stage needs; Lightning calls this before any weights are loaded.
+
+        The first process of a machine does it alone; the others then find the tokens in the cache.
+        """
         assert self.trainer is not None
-        self.prepare(self.trainer.lightning_module, STAGES[stage])
+        with first_process_first(self.trainer.local_rank):
+            self.prepare(self.trainer.lightning_module, STAGES[stage])
         if STAGES[stage][0] not in self.datasets:
             raise UserError(f"{self.path}: no records are held out: set data.val_path, or data.val_fraction above 0")
 
@@ -141,6 +146,8 @@ class BaseDataModule(L.LightningDataModule):
                     counts.note_losses(self.report, f"{split}: ")
                 _check_something_is_left(counts, self.path, split)
                 self.datasets[split] = self.dataset(split, table, padding_id(tokenizer), limit.tokens)
+                if split == "train":  # a reward may read any field of a prompt's record
+                    self.train_hash = hash_training(table, source.records if self.kind == "prompt" else [])
 
     @property
     def splits(self) -> Splits:
@@ -279,7 +286,7 @@ class BaseDataModule(L.LightningDataModule):
 def _check_something_is_left(counts: Counts, path: str, split: str) -> None:
     if not counts.records:
         reasons = "; ".join(
-            f"{n:,} records: {reason} (first: {first})" for reason, (n, first) in counts.dropped.items()
+            f"{count(n, 'record')}: {reason} (first: {first})" for reason, (n, first) in counts.dropped.items()
         )
         raise UserError(f"{path}: nothing is left to learn from in the {split} data; {reasons}")
 

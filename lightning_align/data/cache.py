@@ -10,11 +10,13 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.distributed import _InfiniteBarrier
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_align.data.tables import Arrays, Counts
 
 _LOGGER = logging.getLogger(__name__)
-FORMAT = 1  # to be raised whenever the same records would give other tokens
+FORMAT = 2  # to be raised whenever the same records would give other tokens
 # Tokenising this much text takes about a second; below, a cache would only fill the disk.
 SMALLEST = 4_000_000
 
@@ -62,6 +64,22 @@ def cached(
     return arrays, counts
 
 
+@contextmanager
+def first_process_first(local_rank: int) -> Iterator[None]:
+    """What is done inside, the first process of each machine does before the others, however long it takes.
+
+    They begin even if it fails: they would wait forever, and what it found wrong they find too.
+    """
+    with _InfiniteBarrier() as barrier:
+        if local_rank > 0:
+            barrier()
+        try:
+            yield
+        finally:
+            if local_rank == 0:
+                barrier()
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of whatever decides which ids a text or a conversation becomes."""
     if tokenizer.is_fast:
@@ -87,12 +105,18 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=20).hexdigest()
 
 
-def _hash_arrays(arrays: Arrays) -> str:
+def hash_arrays(arrays: Arrays) -> str:
+    """A hash of arrays, their names and types."""
     digest = hashlib.blake2b(digest_size=20)
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
+
+
+def hash_training(arrays: Arrays, records: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of what is trained on: tokens, and records where their fields count too."""
+    return _digest((hash_arrays(arrays) + hash_records(records, [""] * len(records))[0]).encode())
 
 
 def _read(path: Path) -> tuple[Arrays, Counts] | None:
@@ -103,7 +127,7 @@ def _read(path: Path) -> tuple[Arrays, Counts] | None:
             metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             counts = Counts.from_dict(json.loads(metadata["counts"]))
-        if metadata["hash"] == _hash_arrays(arrays):
+        if metadata["hash"] == hash_arrays(arrays):
             return arrays, counts
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         pass
@@ -113,7 +137,7 @@ def _read(path: Path) -> tuple[Arrays, Counts] | None:
 
 def _write(path: Path, arrays: Arrays, counts: Counts) -> None:
     """Under another name first: whoever reads sees the whole file or none."""
-    metadata = {"counts": json.dumps(counts.to_dict()), "hash": _hash_arrays(arrays)}
+    metadata = {"counts": json.dumps(counts.to_dict()), "hash": hash_arrays(arrays)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")

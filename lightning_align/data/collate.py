@@ -3,13 +3,17 @@
 Legend: B rows, T padded length, R answers, P pairs. Padding is on the right; masks, never ids, say what is padding.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_align.data.cache import hash_arrays
 from lightning_align.data.packing import Packing
 from lightning_align.data.tables import Arrays
 
@@ -20,6 +24,20 @@ MARGINS: dict[str, tuple[float, float, float, float]] = {
     "small": (1.0, 2 / 3, 1 / 3, 0.0),
     "large": (3.0, 2.0, 1.0, 0.0),
 }
+
+
+class Window(NamedTuple):
+    """The optimiser step that a micro-batch is part of.
+
+    Attributes:
+        elements: Of all processes.
+        own: Of this process.
+        first: Whether it is this process's first micro-batch of the step.
+    """
+
+    elements: Sequence[int]
+    own: Sequence[int]
+    first: bool
 
 
 class Batchable(Protocol):
@@ -39,10 +57,11 @@ class Batchable(Protocol):
 
     def __len__(self) -> int: ...
 
-    def collate(self, elements: Sequence[int], window_weight: float) -> Batch:
+    def collate(self, elements: Sequence[int], window_weight: float, window: Window | None = None) -> Batch:
         """One micro-batch of the optimiser step (window) whose weight is ``window_weight``.
 
         Without elements it is a batch of the same form that weighs nothing: every process must take every step.
+        ``window`` is for losses that need more than its weight; None makes a step of the batch alone.
         """
         ...
 
@@ -95,7 +114,7 @@ class PackedRows:
         firsts[self.packing.rows[:-1]] = True
         return firsts
 
-    def collate(self, elements: Sequence[int], window_weight: float) -> Batch:
+    def collate(self, elements: Sequence[int], window_weight: float, window: Window | None = None) -> Batch:
         """See :class:`Batchable`."""
         rows = [self._row(element) for element in elements] or [self._nothing()]
         width = max(len(row["input_ids"]) for row in rows)
@@ -138,15 +157,23 @@ class PreferenceGroups:
     """Prompts with the answers that are compared; the batches of reward models.
 
     One prompt is one element. A batch holds ``input_ids``, ``attention_mask``, ``completion_mask`` ``[R, T]``;
-    ``group`` ``[R]``, which prompt of the batch an answer belongs to; and ``[P]`` of the pairs: ``pair_chosen``,
+    ``[R]`` of the answers: ``row`` of the table, ``group``, which prompt of the batch it belongs to, ``score`` (NaN if
+    unknown), ``response_weight`` (the record's weight / the prompt's number of answers) and, where :attr:`ref_logp` is
+    set, ``ref_logp``; ``[P]`` of the pairs: ``pair_chosen``,
     ``pair_rejected`` (rows), ``pair_weight`` (the record's weight / the prompt's number of pairs), ``pair_margin``,
-    ``pair_label`` (1, or ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown).
-    ``window_weight`` is the sum of ``pair_weight`` over all micro-batches of all processes in the optimiser step.
+    ``pair_label`` (1, or ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown); and of the
+    prompts ``group_rows`` ``[G, K]`` (rows of its answers, −1 where it has fewer), ``group_ranks`` ``[G, K]`` (1 is
+    best, equal is a tie) and ``group_weight`` ``[G]``. Over all micro-batches of all processes in the optimiser step,
+    ``window_weight`` is the sum of ``group_weight``, and ``window_chosen_tokens`` that of ``pair_weight`` times the
+    tokens of the pair's better answer.
 
     Args:
         table: Answers with their prompts, groups and pairs.
         pad_id: Stands where nothing is.
         margins: Margin by strength; a pair's own margin goes before it.
+
+    Attributes:
+        ref_logp: Log-prob of every answer under a reference, float32 by row of the table, where it was computed before.
     """
 
     def __init__(self, table: Arrays, *, pad_id: int, margins: Sequence[float]) -> None:
@@ -158,11 +185,31 @@ class PreferenceGroups:
         self.lengths = np.diff(table["starts"][table["groups"]])
         self.longest = int(np.diff(table["starts"]).max())
         self.sequences_per_element = len(table["prompt_length"]) / len(self.weights)
+        self.chosen_tokens = self._chosen_tokens()
+        self.ref_logp: NDArray[np.float32] | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        """Answers."""
+        return len(self.table["prompt_length"])
+
+    def sequences_hash(self) -> str:
+        """What the log-probs of the answers depend on, beside the model."""
+        return hash_arrays({name: self.table[name] for name in ("ids", "starts", "prompt_length")})
+
+    def _chosen_tokens(self) -> NDArray[np.float64]:
+        """Tokens of the better answer, the mean over a prompt's pairs times its weight ``[N]``."""
+        table, counts = self.table, np.diff(self.table["pair_groups"])
+        group = np.repeat(np.arange(len(counts)), counts)
+        rows = table["groups"][group] + table["chosen"]
+        # nothing predicts the first token of a sequence
+        tokens = np.diff(table["starts"])[rows] - np.maximum(table["prompt_length"][rows], 1)
+        return np.bincount(group, tokens, minlength=len(counts)) * self.weights / np.maximum(counts, 1)
 
     def __len__(self) -> int:
         return len(self.weights)
 
-    def collate(self, elements: Sequence[int], window_weight: float) -> Batch:
+    def collate(self, elements: Sequence[int], window_weight: float, window: Window | None = None) -> Batch:
         """See :class:`Batchable`."""
         parts = [self._group(element, self.weights[element]) for element in elements] or [self._group(0, 0.0)]
         table, rows = self.table, [row for part in parts for row in part[0]]
@@ -171,31 +218,44 @@ class PreferenceGroups:
         slots = torch.arange(int(lengths.max()))
         attention_mask = slots < lengths[:, None]
         sizes = [len(part[0]) for part in parts]
-        offsets = np.repeat(np.cumsum([0, *sizes[:-1]]), [len(part[1]) for part in parts])
+        weights = np.array([part[3] for part in parts])
+        firsts = np.cumsum([0, *sizes[:-1]])
+        offsets = np.repeat(firsts, [len(part[1]) for part in parts])
         pairs = np.concatenate([part[1] for part in parts])
-        return {
+        chosen_tokens = self.chosen_tokens[list(elements if window is None else window.elements)].sum()
+        known = {} if self.ref_logp is None else {"ref_logp": torch.from_numpy(self.ref_logp[rows])}
+        return known | {
             "input_ids": _padded(ids, len(slots), self.pad_id),
             "attention_mask": attention_mask,
             "completion_mask": attention_mask & (slots >= torch.from_numpy(table["prompt_length"][rows])[:, None]),
+            "row": torch.tensor(rows),
             "group": torch.arange(len(parts)).repeat_interleave(torch.tensor(sizes)),
+            "score": torch.from_numpy(table["score"][rows]),
+            "response_weight": torch.from_numpy(np.repeat(weights / sizes, sizes).astype(np.float32)),
+            "group_rows": _padded(np.split(np.arange(len(rows)), firsts[1:]), max(sizes), -1),
+            "group_ranks": _padded(np.split(table["rank"][rows].astype(np.int64), firsts[1:]), max(sizes), 0),
+            "group_weight": torch.from_numpy(weights.astype(np.float32)),
             "pair_chosen": torch.from_numpy(table["chosen"][pairs] + offsets),
             "pair_rejected": torch.from_numpy(table["rejected"][pairs] + offsets),
             "pair_weight": torch.from_numpy(np.concatenate([part[2] for part in parts]).astype(np.float32)),
             "pair_margin": torch.from_numpy(self.margins[pairs]),
             "pair_label": torch.from_numpy(table["label"][pairs]),
             "pair_strength": torch.from_numpy(table["strength"][pairs].astype(np.int64)),
+            "window_chosen_tokens": torch.tensor(chosen_tokens, dtype=torch.float32),
             "window_weight": torch.tensor(window_weight, dtype=torch.float32),
         }
 
-    def _group(self, group: int, weight: float) -> tuple[range, NDArray[np.int64], NDArray[np.float64]]:
-        """Rows and pairs of a prompt, and the weights of its pairs."""
+    def _group(self, group: int, weight: float) -> tuple[range, NDArray[np.int64], NDArray[np.float64], float]:
+        """Rows and pairs of a prompt, the weights of its pairs, and its own."""
         groups, pair_groups = self.table["groups"], self.table["pair_groups"]
         pairs = np.arange(pair_groups[group], pair_groups[group + 1])
-        return range(groups[group], groups[group + 1]), pairs, np.full(len(pairs), weight / len(pairs))
+        return range(groups[group], groups[group + 1]), pairs, np.full(len(pairs), weight / max(1, len(pairs))), weight
 
 
 class PromptRows:
-    """Prompts to sample from; a batch is plain Python: ``prompt_ids`` (lists of ids) and ``records``.
+    """Prompts to sample from; a batch is plain Python: ``prompt_ids`` (lists of ids), ``records`` and ``copy``.
+
+    ``copy`` says how many earlier prompts of the data set have the same ids.
 
     Args:
         table: ``ids``, ``starts``, and ``record``, the index of each prompt's record.
@@ -213,13 +273,25 @@ class PromptRows:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def collate(self, elements: Sequence[int], window_weight: float) -> Batch:
+    def collate(self, elements: Sequence[int], window_weight: float, window: Window | None = None) -> Batch:
         """See :class:`Batchable`; there is nothing to weigh here."""
         starts = self.table["starts"]
         return {
             "prompt_ids": [self.table["ids"][starts[i] : starts[i + 1]].tolist() for i in elements],
             "records": [dict(self.records[self.table["record"][i]]) for i in elements],
+            "copy": [self._copies[i] for i in elements],
         }
+
+    @cached_property
+    def _copies(self) -> list[int]:
+        ids, starts = self.table["ids"], self.table["starts"]
+        seen: Counter[bytes] = Counter()
+        copies = []
+        for start, stop in pairwise(starts):
+            key = ids[start:stop].tobytes()
+            copies.append(seen[key])
+            seen[key] += 1
+        return copies
 
 
 def _padded(rows: Sequence[NDArray[Any]], width: int, value: float) -> torch.Tensor:

@@ -11,13 +11,13 @@ from lightning_align.data.encode import LossOn
 from lightning_align.data.loader import EvalLoader, StreamLoader, TrainLoader
 from lightning_align.data.packing import Strategy, efficiency, pack
 from lightning_align.data.readers import detect_source_kind
-from lightning_align.data.records import Kind
+from lightning_align.data.records import STRENGTHS, Kind
 from lightning_align.data.sources import PLAYGROUND
 from lightning_align.data.splits import SplitName
 from lightning_align.data.tables import Arrays, Counts, Limit
 from lightning_align.data.tabulate import Record, Ties, preference_table, prompt_table, sft_table, text_table
+from lightning_align.data.unpaired import UnpairedRows
 from lightning_align.errors import UserError
-from lightning_align.losses.reward_metrics import STRENGTHS
 
 __all__ = ["BaseDataModule", "PreferenceDataModule", "PromptDataModule", "SFTDataModule", "TextDataModule"]
 
@@ -112,12 +112,16 @@ class PreferenceDataModule(BaseDataModule):
     """Comparisons for reward models and preference optimisation. Reads ``preference`` or ``ranked`` records.
 
     One prompt is one element of a batch: with K ranked answers, all their pairs, each weighing 1 / number of pairs.
+    For a reward model that learns scores it reads ``scored`` records, for KTO ``unpaired`` ones, each an element.
 
     Args:
+        kind: ``preference`` or ``ranked`` records; ``auto`` for what the source holds (of the playground, preferences).
+            As preferences, the pairs of a ranking are elements by themselves.
         margin: Margin by strength: ``small`` or ``large`` (LLaMA-2's tables), ``none``, a mapping of strength to
             margin, or ``auto``: ``small`` where records carry a strength. A record's own ``margin`` goes before it.
-        ties: ``drop`` them, or learn them as ``soft`` labels of ½.
-        aspect: Use the comparisons of this aspect only.
+        ties: ``drop`` them, or learn them: as ``soft`` labels of ½, or (reward models) with a probability of ties and
+            a learnt parameter, ``rao_kupper`` or ``davidson``.
+        aspect: Use the records of this aspect only.
         group_by_length: Batch prompts with answers of similar length.
         kwargs: The settings of :class:`BaseDataModule`.
     """
@@ -127,6 +131,7 @@ class PreferenceDataModule(BaseDataModule):
     def __init__(
         self,
         *,
+        kind: Literal["auto", "preference", "ranked"] = "auto",
         margin: Literal["auto", "none", "small", "large"] | dict[str, float] = "auto",
         ties: Ties = "drop",
         aspect: Literal["helpfulness", "safety"] | None = None,
@@ -136,6 +141,7 @@ class PreferenceDataModule(BaseDataModule):
         super().__init__(**kwargs)
         if isinstance(margin, dict) and (unknown := set(margin) - set(STRENGTHS)):
             raise UserError(f"data.margin names strength {min(unknown)!r}: there are {', '.join(STRENGTHS)}")
+        self.wanted_kind: Kind | None = None if kind == "auto" else kind
         self.margin = margin
         self.ties = ties
         self.aspect = aspect
@@ -143,8 +149,26 @@ class PreferenceDataModule(BaseDataModule):
         if aspect is not None and self.path == PLAYGROUND:
             self.playground["aspect"] = aspect
 
+    def setup(self, stage: str | None = None) -> None:
+        """Read what the method learns from, scores or comparisons; see :meth:`BaseDataModule.setup`."""
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        if module.record_kind is not None:
+            if self.wanted_kind not in (None, module.record_kind):
+                raise UserError(
+                    f"data.kind is {self.wanted_kind}, but the model learns from {module.record_kind} records: "
+                    "leave data.kind out"
+                )
+            self.wanted_kind = module.record_kind
+        if self.ties not in ("drop", "soft", *module.tie_models):
+            known = ", ".join(("drop", "soft", *module.tie_models))
+            raise UserError(f"data.ties is {self.ties}, which {type(module).__name__} cannot learn here: give {known}")
+        super().setup(stage)
+
     def source_kind(self) -> Kind:
         """Rankings stay together: their pairs belong in one batch."""
+        if self.wanted_kind is not None:
+            return self.wanted_kind
         found = detect_source_kind(self.path, columns=self.columns, wanted="preference")
         return "ranked" if found in ("ranked", "scored") else "preference"
 
@@ -153,6 +177,11 @@ class PreferenceDataModule(BaseDataModule):
     ) -> tuple[Arrays, Counts]:
         """Answers with their prompts, and pairs of them."""
         chosen = [i for i, record in enumerate(records) if self.aspect in (None, record.get("aspect"))]
+        if not chosen:
+            raise UserError(
+                f"{places[0]}: neither this record nor one of the other {len(records) - 1:,} is of aspect {self.aspect}"
+                ": change data.aspect, or the records (those held out may come from data.val_path)"
+            )
         table, counts = preference_table(
             tokenizer,
             [records[i] for i in chosen],
@@ -175,8 +204,19 @@ class PreferenceDataModule(BaseDataModule):
         name = ("small" if graded else "none") if self.margin == "auto" else self.margin
         margins = MARGINS[name] if isinstance(name, str) else tuple(name.get(strength, 0.0) for strength in STRENGTHS)
         if split == "train":
-            self._note_margins(table, margins, graded)
+            if self.wanted_kind == "scored":
+                self._note_scores(table)
+            elif self.wanted_kind == "unpaired":
+                self.report.note("good answers", f"{int(table['score'].sum()):,} of {len(table['score']):,}")
+            else:
+                self._note_margins(table, margins, graded)
+        if self.wanted_kind == "unpaired":
+            return UnpairedRows(table, pad_id=pad_id, capacity=capacity, report=self.report)
         return PreferenceGroups(table, pad_id=pad_id, margins=margins)
+
+    def _note_scores(self, table: Arrays) -> None:
+        scores = table["score"].astype(float)
+        self.report.note("scores", f"mean {scores.mean():.4g}, deviation {scores.std():.4g}")
 
     def _note_margins(self, table: Arrays, margins: Sequence[float], graded: bool) -> None:
         own = int((table["margin"] == table["margin"]).sum())  # the others are NaN

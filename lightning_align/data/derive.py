@@ -72,10 +72,11 @@ def derive(
 def _from_scores(
     wanted: Kind, items: Iterable[Item], on_error: Callable[[str, RecordError], None]
 ) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Scored completions, gathered by prompt, are a ranking."""
+    """Scored completions, gathered by prompt (and by what is judged), are a ranking."""
     groups: dict[str, list[Item]] = {}
     for item in items:
-        groups.setdefault(json.dumps(item.record["prompt"], sort_keys=True), []).append(item)
+        key = [item.record["prompt"], item.record.get("aspect")]
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(item)
     ranked = [
         Item(
             group[0].place,
@@ -83,6 +84,7 @@ def _from_scores(
                 "prompt": group[0].record["prompt"],
                 "completions": [item.record["completion"] for item in group],
                 "scores": [item.record["score"] for item in group],
+                **_aspect(group[0].record),
             },
             {},
         )
@@ -106,8 +108,14 @@ def _pairs(record: Record) -> list[Record]:
     for first, second in combinations(range(len(completions)), 2):
         if order[first] != order[second]:
             better, worse = (first, second) if order[first] < order[second] else (second, first)
-            pairs.append({"prompt": record["prompt"], "chosen": completions[better], "rejected": completions[worse]})
+            sides = {"chosen": completions[better], "rejected": completions[worse]}
+            pairs.append({"prompt": record["prompt"], **sides, **_aspect(record)})
     return pairs
+
+
+def _aspect(record: Record) -> Record:
+    """What is judged, if it says so."""
+    return {"aspect": record["aspect"]} if "aspect" in record else {}
 
 
 def _is_equal_pair(record: Record) -> bool:
@@ -128,7 +136,8 @@ def _scores(record: Record) -> list[Record]:
     if "scores" not in record:
         raise RecordError("scores", "is missing", "ranks alone say nothing of how good an answer is")
     answers = zip(record["completions"], record["scores"], strict=True)
-    return [{"prompt": record["prompt"], "completion": answer, "score": score} for answer, score in answers]
+    said = _aspect(record)
+    return [{"prompt": record["prompt"], "completion": answer, "score": score, **said} for answer, score in answers]
 
 
 def _unpaired(record: Record) -> list[Record]:
@@ -141,7 +150,8 @@ def _unpaired(record: Record) -> list[Record]:
 
 def _ranking(record: Record) -> list[Record]:
     completions = [record["chosen"], record["rejected"]]
-    return [{"prompt": record["prompt"], "completions": completions, "ranks": [1, 1 if record.get("tie") else 2]}]
+    ranks = [1, 1 if record.get("tie") else 2]
+    return [{"prompt": record["prompt"], "completions": completions, "ranks": ranks, **_aspect(record)}]
 
 
 def _chosen(record: Record) -> list[Record]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_align.data.collate import Batch, Batchable
+from lightning_align.data.collate import Batch, Batchable, Window
 from lightning_align.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -78,10 +78,12 @@ class TrainLoader:
         windows = self._windows(self.epoch)
         for window in range(self.position // self.accumulate, len(windows)):
             slots = deal(windows[window], self.batch_size, self.world_size)
-            weight = self._weight(window, slots)
+            used = slots[: self._steps_of(window)]
+            every, own = _elements(used, slice(None)), _elements(used, slice(self.rank, self.rank + 1))
+            weight = float(self.data.weights[every].sum())
             for step in range(self.position - window * self.accumulate, len(slots)):
                 self.position += 1
-                yield self.data.collate(slots[step][self.rank].tolist(), weight)
+                yield self.data.collate(slots[step][self.rank].tolist(), weight, Window(every, own, first=step == 0))
 
     def _begin(self) -> None:
         """Start an epoch, unless a restored position lies within one."""
@@ -98,11 +100,9 @@ class TrainLoader:
         # within a step the order is free: neighbours of similar length need less padding
         return [window[np.argsort(-self.data.lengths[window], kind="stable")] for window in windows]
 
-    def _weight(self, window: int, slots: list[list[Ints]]) -> float:
-        """Σ of the weights of the window's elements, those beyond the limit left out."""
-        if self.limit is not None:
-            slots = slots[: max(0, self.limit - window * self.accumulate)]
-        return float(sum(self.data.weights[elements].sum() for step in slots for elements in step))
+    def _steps_of(self, window: int) -> int:
+        """Micro-batches of a window that are not beyond the limit."""
+        return self.accumulate if self.limit is None else max(0, self.limit - window * self.accumulate)
 
     # ------------------------------------------------------------------ state
     def state_dict(self) -> dict[str, int]:
@@ -226,6 +226,11 @@ def deal(window: Ints, batch_size: int, world_size: int) -> list[list[Ints]]:
     """Elements of a window by accumulation step and process; a short window is dealt out evenly."""
     parts = np.array_split(window, _steps(len(window), batch_size * world_size) * world_size)
     return [parts[start : start + world_size] for start in range(0, len(parts), world_size)]
+
+
+def _elements(slots: list[list[Ints]], ranks: slice) -> list[int]:
+    """What the slots of some processes hold."""
+    return [element for step in slots for part in step[ranks] for element in part.tolist()]
 
 
 def _steps(elements: int, batch: int) -> int:

@@ -7,10 +7,10 @@ from lightning_align.data.cells import typed
 from lightning_align.data.convert import detect_kind, missing, read_record, source_kind
 from lightning_align.data.derive import Item, derivable, derive
 from lightning_align.data.files import Row
-from lightning_align.data.records import KINDS, Kind, Record, RecordError, nearest
-from lightning_align.data.report import Report
+from lightning_align.data.records import KINDS, Kind, Record, RecordError
+from lightning_align.data.report import Report, count
 from lightning_align.data.sources import available_splits, open_source
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, nearest
 
 __all__ = ["Loaded", "available_splits", "detect_kind", "detect_source_kind", "load_records"]
 OnBadRecord = Literal["error", "skip"]
@@ -95,8 +95,8 @@ def check_kind(kind: str) -> Kind:
 def _nothing_left(report: Report) -> str:
     if not report.read:
         return f"{report.source} holds no records"
-    reasons = [f"{count:,}: {reason} (first: {report.examples[reason]})" for reason, count in report.dropped.items()]
-    return f"{report.source}: nothing is left of {report.read:,} records; dropped {'; '.join(reasons)}"
+    reasons = [f"{number:,}: {reason} (first: {report.examples[reason]})" for reason, number in report.dropped.items()]
+    return f"{report.source}: nothing is left of {count(report.read, 'record')}; dropped {'; '.join(reasons)}"
 
 
 def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], path: str) -> None:

@@ -4,9 +4,8 @@ A text is a ``str``; a conversation is a list of messages ``{"role": …, "conte
 one or the other. Field names are TRL's where TRL has them.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 Kind = Literal["text", "sft", "prompt", "preference", "ranked", "unpaired", "scored"]
@@ -33,12 +32,6 @@ class RecordError(ValueError):
     def __init__(self, field: str | None, reason: str, fix: str, *, found: str = "") -> None:
         self.category = f"field {field}: {reason}" if field else reason
         super().__init__(f"{self.category}{f' ({found})' if found else ''}; {fix}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def is_messages(value: Any) -> bool:
@@ -219,10 +212,10 @@ _SCHEMAS: dict[Kind, tuple[dict[str, _Check], dict[str, _Check]]] = {
     ),
     "ranked": (
         {"prompt": check_side, "completions": _list_of(_answer)},
-        {"ranks": _list_of(_rank), "scores": _list_of(_number)},
+        {"ranks": _list_of(_rank), "scores": _list_of(_number), "aspect": _one_of(*ASPECTS)},
     ),
     "unpaired": ({"prompt": check_side, "completion": _answer, "label": _bool}, {}),
-    "scored": ({"prompt": check_side, "completion": _answer, "score": _number}, {}),
+    "scored": ({"prompt": check_side, "completion": _answer, "score": _number}, {"aspect": _one_of(*ASPECTS)}),
 }
 
 

@@ -56,9 +56,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for people, one statement a line."""
-        files = f" from {_count(self.files, 'file')}" if self.files else ""
+        files = f" from {count(self.files, 'file')}" if self.files else ""
         kept = f"{self.kept:,} of kind {self.kind} kept"
-        lines = [f"{self.source}: {_count(self.read, 'record')} read{files}, {kept}"]
+        lines = [f"{self.source}: {count(self.read, 'record')} read{files}, {kept}"]
         lines += [f"  converted: {count:,} {what}" for what, count in self.conversions.items()]
         lines += [
             f"  dropped: {count:,} {reason} (first: {self.examples[reason]})" for reason, count in self.dropped.items()
@@ -80,7 +80,8 @@ class Report:
         return {"source": self.source, "kind": self.kind, **counts, **columns, **rest}
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``3 records``, ``1 record``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

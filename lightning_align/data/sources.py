@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lightning_align.data.files import Row, accepted, format_of, read_rows
-from lightning_align.data.records import Kind, nearest
-from lightning_align.errors import UserError
+from lightning_align.data.records import Kind
+from lightning_align.errors import UserError, nearest
 from lightning_align.models.sources import HUB_ID, RUN_FILE, hub_reachable
 
 if TYPE_CHECKING:

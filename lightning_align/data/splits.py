@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning_align.data.readers import Loaded, available_splits, load_records
 from lightning_align.data.records import Kind
-from lightning_align.data.report import Report
+from lightning_align.data.report import Report, count
 from lightning_align.data.sources import PLAYGROUND
 from lightning_align.data.templates import ASSISTANT
 
@@ -93,10 +93,11 @@ class Splits:
             self.report = loaded.report
             return
         self.report.note(
-            split, f"{len(loaded.records):,} records of {path}" + ("" if path != self.path else f", {split} split")
+            split,
+            f"{count(len(loaded.records), 'record')} of {path}" + ("" if path != self.path else f", {split} split"),
         )
-        for reason, count in loaded.report.dropped.items():
-            self.report.drop(f"{split}: {reason}", loaded.report.examples[reason], count)
+        for reason, number in loaded.report.dropped.items():
+            self.report.drop(f"{split}: {reason}", loaded.report.examples[reason], number)
 
     def _hold_out(self, loaded: Split) -> None:
         held = hold_out(loaded.records, self.val_fraction)
@@ -104,7 +105,8 @@ class Splits:
         self._splits["val"] = _select(loaded, [index for index, is_held in enumerate(held) if is_held])
         assert self.report is not None
         share = f"{self.val_fraction:.1%} of the prompts, by data.val_fraction"
-        self.report.note("val", f"{sum(held):,} records held out ({share})" if any(held) else "no records are held out")
+        said = f"{count(sum(held), 'record')} held out ({share})" if any(held) else "no records are held out"
+        self.report.note("val", said)
 
 
 def _select(split: Split, indices: Sequence[int]) -> Split:

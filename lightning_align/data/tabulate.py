@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,12 +17,12 @@ from lightning_align.data.encode import (
     encode_sft,
     encode_texts,
 )
+from lightning_align.data.records import STRENGTHS
 from lightning_align.data.tables import Arrays, Counts, Limit, encode_good, flat, joined, keep_last
 from lightning_align.data.templates import Conventions, conventions
-from lightning_align.losses.reward_metrics import STRENGTHS
 
 Record = Mapping[str, Any]
-Ties = Literal["drop", "soft"]
+Ties = Literal["drop", "soft", "rao_kupper", "davidson"]  # all but the first keep them
 CHUNK = 4096  # records tokenised at once
 NOTHING_LEFT = "no token left to learn from"
 Row = tuple[list[int], list[bool], float, int]  # ids, loss mask, weight, index of the record
@@ -162,6 +162,28 @@ class Pair:
     strength: int = -1
 
 
+class Group(NamedTuple):
+    """A prompt with its answers.
+
+    Attributes:
+        rows: Tokens of prompt and answer, one row an answer.
+        prompt_length: Tokens of the prompt.
+        pairs: Those that are compared.
+        ranks: Of the answers; 1 is best.
+        scores: Of the answers; NaN where there is none.
+        weight: Of the record.
+        record: Its index.
+    """
+
+    rows: list[list[int]]
+    prompt_length: int
+    pairs: list[Pair]
+    ranks: list[int]
+    scores: list[float]
+    weight: float
+    record: int
+
+
 def preference_table(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
@@ -171,9 +193,10 @@ def preference_table(
     *,
     skip_bad: bool = False,
 ) -> tuple[Arrays, Counts]:
-    """Comparisons and rankings: one prompt with its answers, each once, and the pairs of them that are compared.
+    """Comparisons, rankings and scored answers: a prompt with its answers, each once, and the pairs that are compared.
 
-    All answers of a prompt see the same part of it.
+    All answers of a prompt see the same part of it. A scored or labelled answer is alone with its prompt, and has
+    no pairs.
     """
     counts, parts, known = Counts(), [], conventions(tokenizer)
     encode = partial(_encode_answers, tokenizer)
@@ -183,9 +206,10 @@ def preference_table(
         for index, (record, rows) in enumerate(zip(chunk, encoded, strict=True)):
             if rows is None:
                 continue
-            group = _group(rows, _pairs(record, ties), own_places[index], limit, counts, known)
+            ranks = _ranks(record)
+            group = _group(rows, _pairs(record, ranks, ties), own_places[index], limit, counts, known)
             if group is not None:
-                groups.append((*group, float(record.get("weight", 1.0)), first + index))
+                groups.append(Group(*group, ranks, _scores(record), float(record.get("weight", 1.0)), first + index))
         parts.append(_preference_arrays(groups))
     return joined(parts, {"starts": "ids", "groups": "prompt_length", "pair_groups": "chosen"}), counts
 
@@ -202,11 +226,31 @@ def _encode_answers(
 
 
 def _answers(record: Record) -> list[Any]:
-    return list(record["completions"]) if "completions" in record else [record["chosen"], record["rejected"]]
+    if "completions" in record:
+        return list(record["completions"])
+    return [record["completion"]] if "completion" in record else [record["chosen"], record["rejected"]]
 
 
-def _pairs(record: Record, ties: Ties) -> list[Pair]:
+def _ranks(record: Record) -> list[int]:
+    """Rank of each answer, 1 is best, without gaps."""
+    if "completion" in record:
+        return [1]
     if "completions" not in record:
+        return [1, 1 if record.get("tie") else 2]
+    order = record["ranks"] if "ranks" in record else [-score for score in record["scores"]]
+    places = {value: place for place, value in enumerate(sorted(set(order)), 1)}
+    return [places[value] for value in order]
+
+
+def _scores(record: Record) -> list[float]:
+    """Score of each answer, NaN where there is none; a label is 1 or 0."""
+    if "completion" in record:
+        return [float(record["score"] if "score" in record else record["label"])]
+    return list(record.get("scores", [float("nan")] * len(_answers(record))))
+
+
+def _pairs(record: Record, ranks: Sequence[int], ties: Ties) -> list[Pair]:
+    if "chosen" in record:
         pair = Pair(
             0,
             1,
@@ -215,12 +259,11 @@ def _pairs(record: Record, ties: Ties) -> list[Pair]:
             STRENGTHS.index(record["strength"]) if "strength" in record else -1,
         )
         return [] if ties == "drop" and record.get("tie") else [pair]
-    order = record["ranks"] if "ranks" in record else [-score for score in record["scores"]]
     pairs = []
-    for a, b in combinations(range(len(order)), 2):
-        if order[a] != order[b]:
-            pairs.append(Pair(a, b) if order[a] < order[b] else Pair(b, a))
-        elif ties == "soft":
+    for a, b in combinations(range(len(ranks)), 2):
+        if ranks[a] != ranks[b]:
+            pairs.append(Pair(a, b) if ranks[a] < ranks[b] else Pair(b, a))
+        elif ties != "drop":
             pairs.append(Pair(a, b, label=0.5))
     return pairs
 
@@ -229,7 +272,8 @@ def _group(
     rows: list[Encoded], pairs: list[Pair], place: str, limit: Limit, counts: Counts, known: Conventions
 ) -> tuple[list[list[int]], int, list[Pair]] | None:
     """Answers with the shared prompt in front, its length, and the pairs; None for a record that is dropped."""
-    if not pairs:
+    alone = len(rows) == 1
+    if not pairs and not alone:
         counts.drop("its answers tie", place)
         return None
     # a tokenizer that joins the prompt's end to an answer cannot do so here: the prompt is the same for all of them
@@ -242,7 +286,7 @@ def _group(
     head = keep_last(prompt, before, known.bos_id)
     kept = [answer[:after] for answer in answers]
     pairs = [pair for pair in pairs if kept[pair.chosen] != kept[pair.rejected]]
-    if not pairs:
+    if not pairs and not alone:
         counts.drop("its answers are the same tokens", place)
         return None
     cut = len(prompt) - len(head) + sum(len(a) - len(b) for a, b in zip(answers, kept, strict=True))
@@ -253,22 +297,24 @@ def _group(
     return [head + answer for answer in kept], len(head), pairs
 
 
-def _preference_arrays(groups: Sequence[tuple[list[list[int]], int, list[Pair], float, int]]) -> Arrays:
-    ids, starts = flat([row for rows, *_ in groups for row in rows], np.int32)
-    pairs = [pair for _, _, own, _, _ in groups for pair in own]
+def _preference_arrays(groups: Sequence[Group]) -> Arrays:
+    ids, starts = flat([row for group in groups for row in group.rows], np.int32)
+    pairs = [pair for group in groups for pair in group.pairs]
     return {
         "ids": ids,
         "starts": starts,
-        "prompt_length": np.array([length for rows, length, *_ in groups for _ in rows], dtype=np.int32),
-        "groups": _starts([len(rows) for rows, *_ in groups]),
+        "prompt_length": np.array([group.prompt_length for group in groups for _ in group.rows], dtype=np.int32),
+        "rank": np.array([rank for group in groups for rank in group.ranks], dtype=np.int32),
+        "score": np.array([score for group in groups for score in group.scores], dtype=np.float32),
+        "groups": _starts([len(group.rows) for group in groups]),
         "chosen": np.array([pair.chosen for pair in pairs], dtype=np.int32),
         "rejected": np.array([pair.rejected for pair in pairs], dtype=np.int32),
         "label": np.array([pair.label for pair in pairs], dtype=np.float32),
         "margin": np.array([pair.margin for pair in pairs], dtype=np.float32),
         "strength": np.array([pair.strength for pair in pairs], dtype=np.int8),
-        "pair_groups": _starts([len(own) for _, _, own, _, _ in groups]),
-        "weight": np.array([weight for *_, weight, _ in groups], dtype=np.float32),
-        "record": np.array([index for *_, index in groups], dtype=np.int64),
+        "pair_groups": _starts([len(group.pairs) for group in groups]),
+        "weight": np.array([group.weight for group in groups], dtype=np.float32),
+        "record": np.array([group.record for group in groups], dtype=np.int64),
     }
 
 

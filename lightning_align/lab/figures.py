@@ -73,7 +73,7 @@ def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_ti
         )
         ratios = [1.0 if key == "proxy" else 1.75 for key in panels]
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0].tolist()
-        _x_axis(axes[-1], analysis.curve.points, layout)
+        x_axis(axes[-1], analysis.curve.points, layout)
         for key, ax in zip(panels, axes, strict=True):
             _panel(ax, key, analysis, layout)
         _mark_choice(axes, panels, analysis)
@@ -104,7 +104,7 @@ def source_line(analysis: Analysis) -> str:
         if analysis.misfit:
             line = f"\nDashed: the nearest that {formula}, comes to this run."
         elif analysis.falls and analysis.fitted_peak is not None:
-            line += " Shaded: beyond its peak."
+            line += " Shaded: beyond its peak and what to keep."
     return f"{curve.name}{seed}. Dots: {len(curve.points)} {curve.description}.{hollow}{line}"
 
 
@@ -192,14 +192,14 @@ def _mark_peak(ax: Axes, analysis: Analysis) -> None:
 
 
 def _shade_beyond(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis, layout: Layout) -> None:
-    """A shade over what lies beyond the peak; its name stands under the reward, which is high there."""
+    """A shade beyond the peak and the checkpoint to keep; its name stands under the reward, which is high there."""
     peak = analysis.fitted_peak
     if peak is None or not analysis.falls:
         return
-    edge = _edge(axes[0])
+    edge, begin = _edge(axes[0]), max(peak.d.estimate, distance(analysis.choice.point))
     for ax in axes:
-        ax.axvspan(peak.d.estimate, edge, color=COLOURS["shade"], linewidth=0, zorder=0)
-    room = layout.width * (1 - peak.d.estimate / edge)  # inches, about: the axis takes nine tenths of the width
+        ax.axvspan(begin, edge, color=COLOURS["shade"], linewidth=0, zorder=0)
+    room = layout.width * (1 - begin / edge)  # inches, about: the axis takes nine tenths of the width
     if panels[0] == "proxy" and room > 1.4:
         axes[0].annotate(
             "over-optimised", (edge, 0.04), xycoords=("data", "axes fraction"), xytext=(-6, 0),
@@ -234,7 +234,7 @@ def _mark_choice(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis
     )  # fmt: skip
 
 
-def _x_axis(ax: Axes, points: Sequence[Point], layout: Layout) -> None:
+def x_axis(ax: Axes, points: Sequence[Point], layout: Layout) -> None:
     """KL on a square-root scale: the distance of the formula, labelled with the number people know."""
     farthest = max(distance(point) for point in points)
     ax.set_xlim(-0.025 * (farthest or 1.0), 1.025 * (farthest or 1.0))

@@ -7,7 +7,18 @@ from typing import Literal
 from lightning_align.lab.analysis import Analysis
 from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, SMALLEST_D, Interval
 
-Kind = Literal["peaks", "levels off", "rising", "risen", "falls", "falls from the start", "flat", "too few", "no gold"]
+Kind = Literal[
+    "peaks",
+    "levels off",
+    "rising",
+    "risen",
+    "falls",
+    "falls later",
+    "falls from the start",
+    "flat",
+    "too few",
+    "no gold",
+]
 FEWEST_FREEDOM = 2.0  # degrees of freedom of the noise: six checkpoints, unless their errors were measured
 TOO_FEW = (
     f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above "
@@ -50,6 +61,8 @@ def kind_of(analysis: Analysis) -> Kind:
         return "peaks" if analysis.falls else "levels off"
     if analysis.rises and analysis.falls:
         return "falls"
+    if analysis.falls and analysis.rise is not None and analysis.rise.estimate > 0:
+        return "falls later"  # a rise may be there: that it is within noise does not say that there is none
     if analysis.falls or (analysis.change is not None and analysis.change.high < 0):
         return "falls from the start"
     if analysis.change is not None and analysis.change.low > 0:
@@ -80,6 +93,7 @@ def _headline(kind: Kind, analysis: Analysis) -> str:
     while_rising = ", while the optimised reward keeps rising" if rises else ""
     last = kl_text(max(point.kl for point in analysis.curve.points))
     peak = kl_text(analysis.fitted_peak.kl.estimate) if analysis.fitted_peak is not None else ""
+    best = kl_text(analysis.peak.kl) if analysis.peak is not None else ""
     from_where = "from the start" if analysis.start is not None else "over the whole range that was measured"
     headlines: dict[Kind, str] = {
         "peaks": f"The true score peaks at KL {peak} and then falls{while_rising}",
@@ -87,6 +101,7 @@ def _headline(kind: Kind, analysis: Analysis) -> str:
         "rising": f"The true score is still rising at KL {last}: no peak in range",
         "risen": f"The true score has risen; no peak is established up to KL {last}",
         "falls": f"The true score rises and then falls{while_rising}",
+        "falls later": f"The true score falls beyond KL {best}{while_rising}",
         "falls from the start": f"The true score falls {from_where}{while_rising}",
         "flat": f"The true score does not change beyond noise up to KL {last}{while_rising}",
         "too few": "Too few checkpoints to tell whether the true score peaks",
@@ -110,6 +125,12 @@ def _about_peak(kind: Kind, analysis: Analysis) -> list[str]:
         return [
             f"The curve {formula} does not fit this run: at its peak the measured score is clearly below the best, "
             f"which is near KL {kl_text(analysis.peak.kl)}. No peak is claimed."
+        ]
+    if kind == "falls later" and analysis.rise is not None:
+        rise = analysis.rise
+        return [
+            f"Before that it lies above the start, but not beyond noise (+{number(rise.estimate)}, interval "
+            f"{number(rise.low)} to {number(rise.high)}); the fitted curve names no peak."
         ]
     far = kl_text(max(point.kl for point in analysis.fitted))
     near = kl_text(min(point.kl for point in analysis.fitted))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-STRENGTHS = ("significantly", "better", "slightly", "negligibly")
 MAX_INVERSE_TEMPERATURE = 1e3
 
 
@@ -26,11 +25,11 @@ def accuracy(delta: Tensor) -> float:
     return float(hits(delta).mean())
 
 
-def accuracy_by_strength(delta: Tensor, strength: Tensor) -> dict[str, tuple[float, int]]:
-    """Accuracy and number of pairs by strength of preference (0 significantly … 3 negligibly; others are left out)."""
+def accuracy_by_strength(delta: Tensor, strength: Tensor, names: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """Accuracy and number of pairs by strength of preference, an index into ``names``; other pairs are left out."""
     return {
         name: (accuracy(delta[strength == index]), int((strength == index).sum()))
-        for index, name in enumerate(STRENGTHS)
+        for index, name in enumerate(names)
         if bool((strength == index).any())
     }
 
@@ -100,9 +99,9 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
-def length_correlation(scores: Tensor, lengths: Tensor) -> float:
-    """Spearman's correlation of score and completion length; NaN when either is constant."""
-    x, y = _ranks(scores), _ranks(lengths)
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Spearman's correlation of two columns ``[R]``, such as scores and lengths; NaN when either is constant."""
+    x, y = _ranks(first), _ranks(second)
     x, y = x - x.mean(), y - y.mean()
     return float((x @ y) / (x.norm() * y.norm()))
 
@@ -139,11 +138,12 @@ def pair_metrics(scores: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tenso
     return {name: values.cpu() for name, values in pairs.items()}
 
 
-def calibration_metrics(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def calibration_metrics(batches: Sequence[Mapping[str, Tensor]], strengths: Sequence[str]) -> dict[str, float]:
     """Metrics of a whole evaluation from the :func:`pair_metrics` of its batches; what is undefined is left out.
 
     ``accuracy``, ``accuracy/<strength>``, ``accuracy_length_matched``, ``ece``, ``brier``, ``temperature_fit``,
-    ``length_correlation``, ``mean`` and ``std`` of the scores, and ``kendall_tau`` where prompts have several pairs.
+    ``length_correlation``, ``mean`` and ``std`` of the scores, and ``rank/kendall_tau`` where prompts have several
+    pairs.
     """
     pairs = _concatenated(batches)
     if not len(pairs["chosen"]):
@@ -158,15 +158,57 @@ def calibration_metrics(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, fl
         "ece": expected_calibration_error(delta),
         "brier": brier_score(delta),
         "temperature_fit": fit_temperature(delta),
-        "length_correlation": length_correlation(scores, lengths),
+        "length_correlation": spearman(scores, lengths),
         "mean": float(scores.mean()),
         "std": float(scores.std(unbiased=False)),
     }
-    metrics |= {
-        f"accuracy/{name}": value for name, (value, _) in accuracy_by_strength(delta, pairs["strength"]).items()
-    }
+    by_strength = accuracy_by_strength(delta, pairs["strength"], strengths)
+    metrics |= {f"accuracy/{name}": value for name, (value, _) in by_strength.items()}
     if len(pairs["group"].unique()) < len(delta):
-        metrics["kendall_tau"] = kendall_tau(delta, pairs["group"])
+        metrics["rank/kendall_tau"] = kendall_tau(delta, pairs["group"])
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def differences(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Δ of every pair of the :func:`pair_metrics` of an evaluation ``[P]``."""
+    return torch.cat([batch["chosen"] - batch["rejected"] for batch in batches])
+
+
+@torch.no_grad()
+def score_metrics(scores: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :func:`regression_metrics` needs of one batch: one row a response of positive weight, on the CPU.
+
+    Args:
+        scores: One per response ``[R]``, in the unit of the batch's ``score``.
+        batch: A responses batch (``score``, ``response_weight``, ``completion_mask``).
+    """
+    used = batch["response_weight"] > 0
+    columns = {"predicted": scores, "score": batch["score"], "length": batch["completion_mask"].sum(1)}
+    return {name: values[used].double().cpu() for name, values in columns.items()}
+
+
+def regression_metrics(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Metrics of a whole evaluation from the :func:`score_metrics` of its batches; what is undefined is left out.
+
+    ``mae`` and ``rmse`` in the unit of the scores, ``r2`` (share of their variance that is explained), ``spearman``,
+    ``length_correlation``, ``mean`` and ``std`` of what is predicted.
+    """
+    predicted, score, length = (
+        torch.cat([batch[name] for batch in batches]) for name in ("predicted", "score", "length")
+    )
+    if not len(score):
+        return {}
+    error = predicted - score
+    variance = float(score.var(unbiased=False))
+    metrics = {
+        "mae": float(error.abs().mean()),
+        "rmse": float((error**2).mean().sqrt()),
+        "r2": 1 - float((error**2).mean()) / variance if variance > 0 else math.nan,
+        "spearman": spearman(predicted, score),
+        "length_correlation": spearman(predicted, length),
+        "mean": float(predicted.mean()),
+        "std": float(predicted.std(unbiased=False)),
+    }
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 

@@ -9,21 +9,28 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from lightning_align.data.records import Kind
 from lightning_align.data.templates import conventions
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.masked import Metrics
-from lightning_align.models.export import save_model
+from lightning_align.methods.adapters import ALPHA, Export, add_frozen, drop_frozen, lora_options
+from lightning_align.methods.optimizers import OptimizerName, build_optimizer, check_optimizer, keep_embeddings_wide
+from lightning_align.models.adapter_files import check_base
+from lightning_align.models.export import save_adapter, save_model
 from lightning_align.models.loading import (
+    Parameters,
+    count_adapter,
     count_parameters,
+    empty_network,
     load_causal_lm,
     load_config,
     load_tokenizer,
     max_positions,
     tokenizer_plan,
 )
+from lightning_align.models.lora import add_lora
 from lightning_align.models.sources import resolve_source
 from lightning_align.models.tokenizer_training import train_tokenizer
 
@@ -41,22 +48,32 @@ class AlignModule(L.LightningModule):
 
     Args:
         model: Policy to start from: run directory, local path, hub id, or a YAML file of an architecture to initialise.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate; ten times as high with ``lora_r``.
         weight_decay: Decoupled weight decay, on matrices only (not on norms, biases and embeddings).
         adam_beta1: First AdamW coefficient.
         adam_beta2: Second AdamW coefficient.
         adam_epsilon: AdamW epsilon.
+        optimizer: ``adamw``; ``adamw_8bit`` or ``paged_adamw_8bit`` (of ``bitsandbytes``); or ``adafactor``, to which
+            the Adam settings mean nothing.
         lr_scheduler_type: Shape of the learning rate after warm-up.
         warmup_ratio: Share of the steps that warm up linearly.
         min_lr_ratio: With ``cosine``, the share of the peak that is left at the end.
         max_grad_norm: Gradients are clipped to this norm; 0 switches clipping off.
         dtype: Parameter dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto`` (as stored).
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        lora_r: Rank of low-rank adapters (LoRA), which are then trained in the place of the model; 0 trains it all.
+        lora_alpha: Their output is multiplied by lora_alpha / lora_r.
+        lora_dropout: Dropout of their input, where the method bears dropout.
+        lora_target_modules: ``all-linear``, which is every linear layer of the decoder, or names: ``[q_proj, v_proj]``.
+        lora_export: Whether ``model/`` holds the model with the adapters ``merged`` into it, or the ``adapter`` alone.
     """
 
     kinds: tuple[Kind, ...] = ()  # of records that it learns from; empty where any will do
+    record_kind: Kind | None = None  # to ask a datamodule for that has several
+    tie_models: tuple[str, ...] = ()  # probabilities of ties that it has a parameter for
     trained_roles: tuple[str, ...] = ("policy",)  # of :meth:`parameter_roles`, those that learn
     dropout = 0.0  # of the whole network; off wherever log-probs or scores are compared
+    may_drop = False  # whether it can be on
 
     def __init__(
         self,
@@ -67,12 +84,18 @@ class AlignModule(L.LightningModule):
         adam_beta1: float = 0.9,
         adam_beta2: float = 0.999,
         adam_epsilon: float = 1e-8,
+        optimizer: OptimizerName = "adamw",
         lr_scheduler_type: Schedule = "cosine",
         warmup_ratio: float = 0.03,
         min_lr_ratio: float = 0.1,
         max_grad_norm: float = 1.0,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         gradient_checkpointing: bool = False,
+        lora_r: int = 0,
+        lora_alpha: int = ALPHA,
+        lora_dropout: float = 0.0,
+        lora_target_modules: Literal["all-linear"] | list[str] = "all-linear",
+        lora_export: Export = "merged",
     ) -> None:
         super().__init__()
         check_options(
@@ -88,7 +111,19 @@ class AlignModule(L.LightningModule):
         )
         if dtype == "float16":
             raise UserError("model.dtype is float16: its range is too small to train in, give float32 or bfloat16")
+        check_optimizer(optimizer)
+        self.lora = lora_options(
+            r=lora_r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            target_modules=lora_target_modules,
+            export=lora_export,
+            source=model,
+            may_drop=self.may_drop,
+        )
+        self.lora_export = lora_export
         self.source = model
+        self.optimizer_name = optimizer
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = (adam_beta1, adam_beta2)
@@ -134,13 +169,19 @@ class AlignModule(L.LightningModule):
             named = model.generation_config.eos_token_id
             ends = conventions(self.tokenizer).end_ids | ({named} if isinstance(named, int) else set(named or ()))
             model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else min(ends)
-        check_trainable(model)
-        return self.with_checkpointing(model)
+        return self.prepared(model)
 
-    def with_checkpointing(self, network: PreTrainedModel) -> PreTrainedModel:
-        """The network, recomputing its activations in the backward pass if that was asked for."""
+    def prepared(self, network: PreTrainedModel, *, partly: bool = False) -> PreTrainedModel:
+        """The network as it is trained: with adapters, recomputing its activations, as far as that was asked for.
+
+        ``partly`` is that of :func:`~lightning_align.models.lora.add_lora`.
+        """
+        if self.lora is not None:
+            add_lora(network, self.lora, partly=partly)
+        check_trainable(network)
+        keep_embeddings_wide(self.optimizer_name, network)
         if self.gradient_checkpointing:
-            network.gradient_checkpointing_enable()
+            network.activation_checkpointing_enable()
         return network
 
     def configure_model(self) -> None:
@@ -149,14 +190,41 @@ class AlignModule(L.LightningModule):
             # a loaded model comes in evaluation mode, in which dropout and gradient checkpointing do nothing
             self.model = self.build_model().train()
 
-    def parameter_roles(self) -> dict[str, int]:
-        """Number of parameters by role, without loading any weights."""
-        return {"policy": count_parameters(self.source, self.tokenizer)}
+    def parameter_roles(self) -> dict[str, Parameters]:
+        """Parameters by role, without loading any weights."""
+        return self.count("policy")
+
+    def count(self, role: str, auto_class: Any = AutoModelForCausalLM) -> dict[str, Parameters]:
+        """The parameters that learn under the name of their role; those that stay under adapters as ``base``."""
+        if self.lora is None:
+            return {role: count_parameters(self.source, self.tokenizer, auto_class, dtype=self.model_dtype)}
+        learn, rest = count_adapter(self.source, self.lora, self.tokenizer, auto_class, dtype=self.model_dtype)
+        return {role: learn, "base": rest}
+
+    def empty_model(self) -> PreTrainedModel:
+        """The policy without its weights, for what can be known from shapes."""
+        network = empty_network(self.source, self.tokenizer)
+        return network if self.lora is None else add_lora(network, self.lora)
 
     def export(self, folder: Path) -> None:
         """Write the trained model in Hugging Face format, tokenizer and chat template included."""
         assert isinstance(self.model, PreTrainedModel)
-        save_model(self.model, self.tokenizer, folder)
+        self.save(self.model, folder)
+
+    def choose_export(self, form: Export) -> None:
+        """Export in another form than ``lora_export`` says."""
+        if self.lora is None:
+            raise UserError("the run has no adapters (model.lora_r): leave --lora out")
+        if form == "adapter":
+            check_base(self.source)
+        self.lora_export = form
+
+    def save(self, network: PreTrainedModel, folder: Path) -> None:
+        """Write a trained network to a folder as ``lora_export`` says."""
+        if self.lora is not None and self.lora_export == "adapter":
+            save_adapter(network, self.tokenizer, folder, self.source)
+        else:
+            save_model(network, self.tokenizer, folder)
 
     # ------------------------------------------------------------------ objective
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
@@ -207,9 +275,13 @@ class AlignModule(L.LightningModule):
         return int(self.trainer.estimated_stepping_batches)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, in one place for all methods."""
-        optimizer = torch.optim.AdamW(
-            self.parameter_groups(), lr=self.learning_rate, betas=self.betas, eps=self.adam_epsilon
+        """The optimiser and its schedule, in one place for all methods."""
+        optimizer = build_optimizer(
+            self.optimizer_name,
+            self.parameter_groups(),
+            learning_rate=self.learning_rate,
+            betas=self.betas,
+            epsilon=self.adam_epsilon,
         )
         total = self.total_steps()
         warmup = round(self.warmup_ratio * total)
@@ -306,6 +378,8 @@ class AlignModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """State beside weights and optimiser; plain numbers, so that the file loads with ``weights_only=True``."""
         checkpoint["method"] = {"name": type(self).__name__, "num_tokens": self.num_tokens}
+        if self.lora is not None:
+            drop_frozen(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method; restore the counters."""
@@ -315,6 +389,10 @@ class AlignModule(L.LightningModule):
                 f"the checkpoint is of {method['name']}, not of {type(self).__name__}: give one of the same method"
             )
         self.num_tokens = method["num_tokens"]
+        if self.lora is not None:
+            add_frozen(self, checkpoint, self.source)
+        elif "base" in method:
+            raise UserError("the checkpoint holds adapters of a run with model.lora_r: give the same here")
 
 
 def add_sums(total: Metrics, sums: Metrics) -> None:
@@ -345,11 +423,12 @@ def decay_groups(module: nn.Module, learning_rate: float, weight_decay: float) -
 
 def check_trainable(network: PreTrainedModel) -> None:
     """Refuse parameters that cannot take small steps, and say so of those that take them badly."""
+    trained = {parameter.dtype for parameter in network.parameters() if parameter.requires_grad}
     if network.dtype == torch.float16:
         raise UserError(
             "the weights are stored in float16, in which training fails: give model.dtype float32 or bfloat16"
         )
-    if network.dtype == torch.bfloat16:
+    if torch.bfloat16 in trained:
         warnings.warn(
             "training bfloat16 weights: steps below about 0.4 % of a weight are rounded away, so low learning rates "
             "hardly move it (they do with float32 weights and trainer.precision bf16-mixed)",

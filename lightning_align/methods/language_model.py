@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ class LanguageModelModule(AlignModule):
     """
 
     kinds = ("text", "sft")
+    may_drop = True
 
     def __init__(self, *, dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,16 +41,17 @@ class LanguageModelModule(AlignModule):
         batch = documents_apart(self.model, batch)
         weights = batch["loss_weights"]
         mask = weights > 0
-        stats = token_stats(
-            self.model,
-            batch["input_ids"],
-            batch["attention_mask"],
-            mask=mask,
-            position_ids=batch["position_ids"],
-            document_ids=batch["document_ids"],
-            entropy=self.logs_this_step(),
-            correct=self.logs_this_step(),
-        )
+        with self.noise(batch):
+            stats = token_stats(
+                self.model,
+                batch["input_ids"],
+                batch["attention_mask"],
+                mask=mask,
+                position_ids=batch["position_ids"],
+                document_ids=batch["document_ids"],
+                entropy=self.logs_this_step(),
+                correct=self.logs_this_step(),
+            )
         loss, sums = token_cross_entropy(stats.logp, weights)
         count = mask.sum()
         # what stands in for an empty batch (a process with nothing to do) is nobody's token
@@ -58,6 +61,10 @@ class LanguageModelModule(AlignModule):
         if stats.entropy is not None:
             sums["entropy"] = (stats.entropy.sum(), count)
         return loss, sums
+
+    def noise(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Hook: what is added to the embeddings of a batch's tokens."""
+        return nullcontext()
 
     def eval_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Add exp of the token-weighted mean (never a mean of per-batch exponentials)."""

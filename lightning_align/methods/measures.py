@@ -1,5 +1,6 @@
 """What every online method measures of its samples, as columns with one number a completion ``[B]``."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,12 +27,31 @@ def length_columns(rollout: Rollout) -> dict[str, Tensor]:
 
 def score_columns(proxy: Scores, gold: Scores | None) -> dict[str, Tensor]:
     """``lab/proxy``, and where there is a gold score ``lab/gold`` with its parts."""
-    columns = {"lab/proxy": proxy.total}
+    columns = {"lab/proxy": proxy.proxy}
     if gold is not None:
-        columns["lab/gold"] = gold.total
+        columns["lab/gold"] = gold.proxy
         if len(gold.parts) > 1:
             columns |= {f"lab/gold_{name}": part for name, part in gold.parts.items() if name != "gold"}
     return columns
+
+
+def part_columns(scores: Scores) -> dict[str, Tensor]:
+    """``rewards/<name>/mean`` of each part, and squares that :func:`with_deviations` takes the roots of."""
+    columns = {}
+    for name, part in scores.parts.items():
+        columns[f"rewards/{name}/mean"] = part.double()
+        columns[f"rewards/{name}/std"] = part.double() ** 2
+    if scores.spreads:
+        columns["rewards/ensemble_std"] = torch.cat(list(scores.spreads.values())).double() ** 2
+    return columns
+
+
+def with_deviations(metrics: dict[str, float]) -> dict[str, float]:
+    """Standard deviations, and the root mean square of ensembles', in the place of mean squares."""
+    for name in [name for name in metrics if name.startswith("rewards/") and name.endswith("std")]:
+        mean = metrics.get(f"{name.removesuffix('std')}mean", 0.0)
+        metrics[name] = math.sqrt(max(0.0, metrics[name] - mean**2))
+    return metrics
 
 
 def column_sums(columns: Mapping[str, Tensor]) -> Metrics:
@@ -41,7 +61,7 @@ def column_sums(columns: Mapping[str, Tensor]) -> Metrics:
 
 def sample_rows(rollout: Rollout, proxy: Scores, gold: Scores | None, kl: Tensor) -> list[dict[str, Any]]:
     """One row of the sample table for each completion: texts, KL, and every score by its name."""
-    scores = {"proxy": proxy.total, **{f"reward_{name}": part for name, part in proxy.parts.items()}}
+    scores = {"proxy": proxy.proxy, **{f"reward_{name}": part for name, part in proxy.parts.items()}}
     if len(proxy.parts) == 1:
         scores.pop(next(f"reward_{name}" for name in proxy.parts))
     if gold is not None:

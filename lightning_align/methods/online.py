@@ -1,18 +1,14 @@
 """The spine of online methods: one training step is one iteration of sample, score, learn."""
 
 import copy
-import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
-from zlib import crc32
 
-import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -21,36 +17,45 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics
-from lightning_align.methods.base import AlignModule, add_sums, ratios
-from lightning_align.methods.measures import column_sums, length_columns, sample_rows, score_columns
-from lightning_align.models.loading import count_parameters
+from lightning_align.methods.adapters import learned_networks, shares_base, stored_adapter
+from lightning_align.methods.base import AlignModule, add_sums
+from lightning_align.methods.evaluation import SAMPLE_ROWS, Evaluation, evaluation_seeds, with_standard_errors
+from lightning_align.methods.measures import (
+    column_sums,
+    length_columns,
+    part_columns,
+    score_columns,
+    with_deviations,
+)
+from lightning_align.models.loading import Parameters, count_parameters
 from lightning_align.models.logprobs import TokenStats, token_stats
+from lightning_align.models.lora import WithoutAdapter, share_frozen
 from lightning_align.rewards.base import Reward, Scores
-from lightning_align.rewards.build import build_reward, parse_reward
+from lightning_align.rewards.build import build_reward, learned_sources, parse_reward
+from lightning_align.rewards.spec import check_files
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.types import Experience, Rollout, SamplingParams, by_length
 from lightning_align.run.logging import log_samples
 
 RewardSpec = str | dict[str, Any]
-# Sampling seeds: runs are 2^40 apart, iterations a prime, and evaluations are drawn beyond any iteration's.
-RUN_STRIDE, ITERATION_STRIDE, EVALUATION = 1 << 40, 1_000_003, 1 << 39
-SQUARED = "_squared"  # ends the name of a mean of squares, from which a standard error comes
-SAMPLE_ROWS = 16  # rows of the sample table at each evaluation
+# Sampling seeds: runs are 2^40 apart, iterations a prime.
+RUN_STRIDE, ITERATION_STRIDE = 1 << 40, 1_000_003
 GUARD_WINDOW = 3  # iterations whose mean KL the hard limit looks at
 Objective = Callable[[], tuple[Tensor, Metrics]]
 
 
 @dataclass
 class Frozen:
-    """Models that are asked and never trained."""
+    """Models that are asked and never trained; the reference is a copy of the policy, or the policy without adapter."""
 
-    reference: nn.Module
+    reference: nn.Module | WithoutAdapter
     reward: Reward
     gold: Reward | None
 
     def to(self, device: torch.device) -> None:
         """Move them all."""
-        self.reference.to(device)
+        if isinstance(self.reference, nn.Module):
+            self.reference.to(device)
         for reward in (self.reward, self.gold):
             if reward is not None:
                 reward.to(device)
@@ -65,7 +70,7 @@ class OnlineModule(AlignModule):
 
     Args:
         reward: What scores a completion: a run, path, hub id, ``package.module.function``, ``file.py:function``,
-            ``playground``, or a mapping of name to ``{source, weight}``.
+            ``playground``; or a mapping of name to ``{source, weight}``; or ``parts``, and how to ``combine`` them.
         gold: What is measured but never trained on; the same forms as ``reward``.
         iterations: Number of iterations; each draws ``data.batch_size`` prompts per process.
         max_new_tokens: Longest completion in tokens.
@@ -76,6 +81,7 @@ class OnlineModule(AlignModule):
         samples_per_prompt: Completions drawn for each prompt.
         stop_strings: Texts that end a completion (after the token that completes them).
         engine: Sampler: our ``static`` cache, transformers' ``generate``, or ``auto`` for the first that fits.
+        rollout_batch_size: Most completions decoded at a time.
         num_epochs: Passes over the samples of an iteration.
         num_mini_batches: Optimiser steps in each pass.
         micro_batch_size: Sequences per forward pass; lower it to save memory, the gradient stays the same.
@@ -101,6 +107,7 @@ class OnlineModule(AlignModule):
         samples_per_prompt: int = 1,
         stop_strings: Sequence[str] = (),
         engine: Literal["auto", "static", "generate"] = "auto",
+        rollout_batch_size: int = 128,
         num_epochs: int = 1,
         num_mini_batches: int = 1,
         micro_batch_size: int = 64,
@@ -114,6 +121,7 @@ class OnlineModule(AlignModule):
             "model",
             ("iterations", iterations, iterations >= 1, "at least 1"),
             ("samples_per_prompt", samples_per_prompt, samples_per_prompt >= 1, "at least 1"),
+            ("rollout_batch_size", rollout_batch_size, rollout_batch_size >= 1, "at least 1"),
             ("num_epochs", num_epochs, num_epochs >= 1, "at least 1"),
             ("num_mini_batches", num_mini_batches, num_mini_batches >= 1, "at least 1"),
             ("micro_batch_size", micro_batch_size, micro_batch_size >= 1, "at least 1"),
@@ -139,6 +147,7 @@ class OnlineModule(AlignModule):
         )
         self.temperature = temperature
         self.engine_name = engine
+        self.rollout_batch_size = rollout_batch_size
         self.num_epochs = num_epochs
         self.num_mini_batches = num_mini_batches
         self.micro_batch_size = micro_batch_size
@@ -146,8 +155,7 @@ class OnlineModule(AlignModule):
         self.stop_at_kl = stop_at_kl
         self.recent_kl: list[float] = []
         self.label: str | None = None
-        self._eval_seen: Counter[int] = Counter()
-        self._eval_samples: list[dict[str, Any]] = []
+        self.evaluation = Evaluation()
 
     # ------------------------------------------------------------------ models
     def max_tokens(self) -> int | None:
@@ -166,31 +174,59 @@ class OnlineModule(AlignModule):
         """The policy, and what stays frozen: reference, reward, gold."""
         super().configure_model()
         if not hasattr(self, "frozen"):
-            reference = copy.deepcopy(self.model)  # not read again: an architecture would be drawn anew
             # kept outside the module tree: frozen models belong neither in the checkpoint nor in the optimiser
             self.frozen = Frozen(
-                reference.eval().requires_grad_(False),
+                self.build_reference(),
                 build_reward(self.reward_spec),
                 build_reward(self.gold_spec, default_name="gold") if self.gold_spec is not None else None,
             )
+            for network in learned_networks(self.frozen.reward, self.frozen.gold):
+                self.share_base(network)
 
-    def parameter_roles(self) -> dict[str, int]:
+    def build_reference(self) -> nn.Module | WithoutAdapter:
+        """The policy as it is now: a copy, or its base."""
+        assert isinstance(self.model, PreTrainedModel)
+        if self.lora is not None:
+            return WithoutAdapter(self.model)
+        # not read again: an architecture would be drawn anew
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def share_base(self, network: PreTrainedModel) -> None:
+        """Hold the weights that a network has in common with the policy's base once."""
+        assert isinstance(self.model, PreTrainedModel)
+        if self.lora is not None:
+            share_frozen(self.model, network)
+
+    def parameter_roles(self) -> dict[str, Parameters]:
         """Policy, the frozen reference, and the trained models among rewards and gold."""
-        policy = super().parameter_roles()["policy"]
-        roles = {"policy": policy, "reference": policy}
+        roles = super().parameter_roles()
+        if self.lora is None:
+            roles["reference"] = roles["policy"]
         for role, spec in (("reward", self.reward_spec), ("gold", self.gold_spec)):
-            parts = [part.source for part in parse_reward(spec) if part.kind == "learned"] if spec is not None else []
-            if parts:
-                roles[role] = sum(count_parameters(part, None, AutoModelForSequenceClassification) for part in parts)
+            if spec is None:
+                continue
+            check_files(spec)
+            models = [self.count_reward(source) for source in learned_sources(spec)]
+            if models:
+                roles[role] = Parameters(*(sum(column) for column in zip(*models, strict=True)))
         return roles
+
+    def count_reward(self, source: str) -> Parameters:
+        """Parameters of a reward model, but for those that it has in common with the policy's base."""
+        if self.lora is not None and shares_base(source, self.source):
+            return stored_adapter(source)
+        return count_parameters(source, auto_class=AutoModelForSequenceClassification, dtype="auto")
 
     def setup_sampling(self) -> None:
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
         assert isinstance(self.model, PreTrainedModel)
-        if self.frozen.reference.dtype != self.model.dtype:  # trainer.precision has converted the policy
-            self.frozen.reference.to(self.model.dtype)
-        self.sampler: Engine = build_engine(self.engine_name, self.model, self.tokenizer)
+        reference = self.frozen.reference
+        if isinstance(reference, PreTrainedModel) and reference.dtype != self.model.dtype:
+            reference.to(dtype=self.model.dtype)  # type: ignore[call-arg] # trainer.precision has converted the policy
+        self.sampler: Engine = build_engine(
+            self.engine_name, self.model, self.tokenizer, max_batch=self.rollout_batch_size
+        )
 
     def on_fit_start(self) -> None:
         """Ready to sample."""
@@ -286,12 +322,12 @@ class OnlineModule(AlignModule):
     @torch.no_grad()
     def stats(
         self,
-        model: nn.Module,
+        model: nn.Module | WithoutAdapter,
         rollout: Rollout,
         *,
         entropy: bool = False,
         temperature: float | None = None,
-        against: nn.Module | None = None,
+        against: nn.Module | WithoutAdapter | None = None,
     ) -> TokenStats:
         """Token statistics of a whole rollout without gradient, a micro-batch of similar length at a time."""
 
@@ -324,13 +360,16 @@ class OnlineModule(AlignModule):
                     column[(rows, slice(result.shape[1])) if result.ndim == 2 else rows] = result
         return columns
 
-    def scores(self, reward: Reward, rollout: Rollout) -> Scores:
+    def scores(self, reward: Reward, rollout: Rollout, *, held_out: bool = False) -> Scores:
         """Scores of completions as text: the reward model may use another tokenizer."""
         return reward.score(
             [record["prompt"] for record in rollout.records],
             rollout.completions,
             finished=[reason != "length" for reason in rollout.finish_reason],
             records=rollout.records,
+            lengths=rollout.completion_lengths,
+            all_reduce=self.all_reduce,
+            held_out=held_out,
         )
 
     # ------------------------------------------------------------------ learning
@@ -402,37 +441,19 @@ class OnlineModule(AlignModule):
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Proxy, gold, and exact sequence KL of one batch of held-out prompts."""
         params = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, stop_strings=self.sampling.stop_strings)
-        rollout = self.draw(batch, params, self.evaluation_seeds(batch["prompt_ids"]))
+        rollout = self.draw(batch, params, evaluation_seeds(batch, self.seed()))
         stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.reference, entropy=True)
-        assert stats.kl is not None
-        assert stats.entropy is not None
-        kl = sequence_kl(stats.kl, rollout.completion_mask)
-        proxy = self.scores(self.frozen.reward, rollout)
-        gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
-        columns = {"lab/kl": kl, **score_columns(proxy, gold)}
-        squares = {f"{name}{SQUARED}": values.double() ** 2 for name, values in columns.items()}
-        sums = column_sums({**columns, **squares, **length_columns(rollout)})
-        sums["entropy"] = (stats.entropy.sum(), rollout.completion_mask.sum())
-        self.add_eval_sums(sums)
-        self._eval_samples += sample_rows(rollout, proxy, gold, kl)
-
-    def evaluation_seeds(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """One seed a prompt, from its tokens: the same however prompts are spread over batches and ranks."""
-        seeds = []
-        for ids in prompts:
-            key = crc32(np.asarray(ids, dtype=np.int64).tobytes())
-            seeds.append(self.seed() + EVALUATION + key + self._eval_seen[key])
-            self._eval_seen[key] += 1  # the same prompt again draws another sample
-        return seeds
+        proxy = self.scores(self.frozen.reward, rollout, held_out=True)
+        gold = self.scores(self.frozen.gold, rollout, held_out=True) if self.frozen.gold is not None else None
+        self.evaluation.add(rollout, stats, proxy, gold)
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out evaluation and its first samples; the step is the iteration."""
-        metrics = with_standard_errors(self.total(self._eval_sums))
-        samples = self._eval_samples[:SAMPLE_ROWS]
-        self._eval_sums, self._eval_samples, self._eval_seen = {}, [], Counter()
+        evaluation, self.evaluation = self.evaluation, Evaluation()
+        metrics = with_standard_errors(self.total(evaluation.sums))
         self.label = f"step={self.iteration:05d}-kl={metrics['lab/kl']:.3f}"
         self.report({f"eval/{name}": value for name, value in metrics.items()}, step=self.iteration)
-        log_samples(self.trainer.loggers, samples, step=self.iteration)
+        log_samples(self.trainer.loggers, evaluation.samples[:SAMPLE_ROWS], step=self.iteration)
 
     def checkpoint_label(self) -> str | None:
         """Name of the checkpoint to keep at this point: one for each evaluation, with its KL for the lab."""
@@ -446,13 +467,13 @@ class OnlineModule(AlignModule):
         """What every online method logs about an iteration's samples, averaged over all ranks."""
         mask = rollout.completion_mask
         kl = sequence_kl(k1(policy.logp, reference.logp), mask)
-        gold = self.scores(self.frozen.gold, rollout) if self.frozen.gold is not None else None
+        gold = self.scores(self.frozen.gold, rollout, held_out=True) if self.frozen.gold is not None else None
         columns = {
             "objective/kl": kl,
             "objective/entropy": -policy.logp.sum(1),
             **score_columns(proxy, gold),
             **length_columns(rollout),
-            **{f"rewards/{name}/mean": part for name, part in proxy.parts.items()},
+            **part_columns(proxy),
         }
         if self.temperature == 1.0 and not self.sampling.truncates:  # otherwise only the evaluation measures it
             columns["lab/kl"] = kl
@@ -460,7 +481,7 @@ class OnlineModule(AlignModule):
         difference = torch.where(mask, (policy.logp - rollout.engine_logp).abs(), 0.0)
         sums["sampling/sampling_logp_difference/mean"] = (difference.sum(), mask.sum())
         sums["kl/per_token"] = (kl.sum(), mask.sum())
-        metrics = self.ratios(sums)
+        metrics = with_deviations(self.ratios(sums))
         metrics["sampling/sampling_logp_difference/max"] = float(self.all_reduce(difference.max(), "max"))
         ended = torch.tensor(float(rollout.finish_reason.count("eos")), device=self.device)
         metrics["val/num_eos_tokens"] = float(self.all_reduce(ended))
@@ -478,6 +499,7 @@ class OnlineModule(AlignModule):
             "iteration": self.iteration,
             "episodes": self.episodes,
             "recent_kl": self.recent_kl,
+            "reward": self.frozen.reward.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -486,15 +508,4 @@ class OnlineModule(AlignModule):
         method = checkpoint["method"]
         self.iteration, self.episodes = method["iteration"], method["episodes"]
         self.recent_kl = list(method["recent_kl"])
-
-
-def with_standard_errors(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Ratios of sums, with ``…_se`` of the mean over prompts in the place of each mean of squares."""
-    metrics = ratios(total)
-    for squared in [name for name in metrics if name.endswith(SQUARED)]:
-        name = squared.removesuffix(SQUARED)
-        count = total[name][1]
-        variance = max(0.0, metrics.pop(squared) - metrics[name] ** 2)
-        if count > 1:
-            metrics[f"{name}_se"] = math.sqrt(variance / (count - 1))
-    return metrics
+        self.frozen.reward.load_state_dict(method["reward"])

@@ -6,25 +6,30 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import align_kernels
 from lightning_align.data.datamodules import TextDataModule
 from lightning_align.errors import UserError, check_options
-from lightning_align.losses.advantages import gae, scored_mask, shaped_rewards
+from lightning_align.losses.advantages import scored_mask, shaped_rewards
 from lightning_align.losses.kl import kl_estimate, sequence_kl
-from lightning_align.losses.kl_control import AdaptiveKL, FixedKL
+from lightning_align.losses.kl_control import AdaptiveKL, FixedKL, KLController
 from lightning_align.losses.lm import token_cross_entropy
 from lightning_align.losses.masked import Metrics, explained_variance, masked_sum, masked_whiten, mean_and_var, moments
 from lightning_align.losses.policy import ppo_policy_loss
 from lightning_align.losses.value import value_loss
+from lightning_align.methods.adapters import shares_base
 from lightning_align.methods.base import decay_groups
 from lightning_align.methods.measures import column_sums, truncated
 from lightning_align.methods.online import Objective, OnlineModule
 from lightning_align.models.heads import ValueModel
+from lightning_align.models.loading import Parameters
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.models.masks import documents_apart
 from lightning_align.rewards.base import Reward
+from lightning_align.rewards.build import learned_sources
 from lightning_align.rewards.learned import LearnedReward
 from lightning_align.rollout.types import Experience, Rollout
 
@@ -153,7 +158,7 @@ class PPOModule(OnlineModule):
                 stacklevel=2,
             )
         self.value_lr = learning_rate if value_lr is None else value_lr
-        self.kl_controller = (
+        self.kl_controller: KLController = (
             FixedKL(kl_coef) if kl_control == "fixed" else AdaptiveKL(kl_coef, target=kl_target, horizon=kl_horizon)
         )
         self.kl_estimator = kl_estimator
@@ -193,7 +198,9 @@ class PPOModule(OnlineModule):
         super().configure_model()
         if not hasattr(self, "value_model"):
             self.value_model = self.build_value_model()
-            self.with_checkpointing(self.value_model.trunk)
+            self.prepared(self.value_model.trunk, partly=True)
+            self.value_model.head.requires_grad_(True)
+            self.share_base(self.value_model.trunk)
 
     def build_value_model(self) -> ValueModel:
         """The value model; which start it takes is printed."""
@@ -208,12 +215,18 @@ class PPOModule(OnlineModule):
             return ValueModel.from_policy(self.source, tokenizer=self.tokenizer, dtype=self.model_dtype)
         keep_head = self.value_init != "reward_backbone"
         self.say(f"value model: from the reward model {learned}{'' if keep_head else ', its head at zero'}")
-        return ValueModel.from_reward(learned, dtype=self.model_dtype, keep_head=keep_head)
+        # a reward model that is an adapter goes on as one: it may have its base in common with the policy
+        return ValueModel.from_reward(learned, dtype=self.model_dtype, keep_head=keep_head, merge=self.lora is None)
 
-    def parameter_roles(self) -> dict[str, int]:
+    def parameter_roles(self) -> dict[str, Parameters]:
         """Policy, reference, rewards, and a value model of about the policy's size."""
         roles = super().parameter_roles()
-        return {"policy": roles["policy"], "value": roles["policy"], **roles}
+        roles = {"policy": roles["policy"], "value": roles["policy"], **roles}
+        if self.lora is not None and self.value_init != "policy":
+            sources = learned_sources(self.reward_spec)
+            if sources and not shares_base(sources[0], self.source):
+                roles["value base"] = roles["base"]
+        return roles
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """One optimiser with the groups of policy and value model."""
@@ -236,19 +249,12 @@ class PPOModule(OnlineModule):
         scores = self.shape_scores(proxy.total, rollout)
         mask = scored_mask(rollout.completion_mask, scores)
         kl = policy.kl if policy.kl is not None else kl_estimate(policy.logp, reference.logp, self.kl_estimator)
-        rewards = shaped_rewards(kl, mask, scores, kl_coef=self.kl_controller.value)
-        if self.whiten_rewards:
-            rewards = self.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(
-            rewards, values, mask, gamma=self.gamma, lam=self.lam, bootstrap=self.bootstrap(rollout)
-        )
+        rewards, advantages, returns = self.estimates(kl, values, scores, mask, self.bootstrap(rollout))
         metrics |= self.reward_metrics(scores, sequence_kl(kl, mask), mask)
         metrics["val/explained_variance"] = explained_variance(
             *(self.all_reduce(moments(column, mask)) for column in (returns - values, returns))
         )
         self.kl_controller.update(metrics["objective/kl"], len(rollout) * self.trainer.world_size)
-        if self.whiten_scope == "batch":
-            advantages = self.whiten(advantages, mask)
         experience = Experience(
             replace(rollout, completion_mask=mask),
             scores,
@@ -261,6 +267,30 @@ class PPOModule(OnlineModule):
             returns=returns,
         )
         return experience, metrics
+
+    def estimates(
+        self, kl: Tensor, values: Tensor, scores: Tensor, mask: Tensor, bootstrap: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token rewards, advantages (whitened where the scope is the batch) and returns, each ``[B, T]``."""
+        kl_coef, whiten = self.kl_controller.value, self.whiten_scope == "batch"
+        options: dict[str, Any] = {"gamma": self.gamma, "lam": self.lam, "bootstrap": bootstrap}
+        if self.whiten_rewards:  # their moments are needed before the recursion begins
+            rewards = self.whiten(shaped_rewards(kl, mask, scores, kl_coef=kl_coef), mask, shift_mean=False)
+            advantages, returns = align_kernels.gae(rewards, values, mask=mask, **options)
+            return rewards, self.whiten(advantages, mask) if whiten else advantages, returns
+        group = dist.group.WORLD if self.trainer.world_size > 1 else None
+        shaped = align_kernels.shaped_advantages(
+            kl,
+            torch.zeros_like(kl),
+            values,
+            scores,
+            mask,
+            kl_coef=kl_coef,
+            whiten=whiten,
+            process_group=group,
+            **options,
+        )
+        return shaped.rewards, shaped.advantages, shaped.returns
 
     def reward_metrics(self, scores: Tensor, kl: Tensor, mask: Tensor) -> dict[str, float]:
         """TRL's ``objective/…`` of shaped scores ``[B]`` and sequence KLs ``[B]``, over all ranks."""

@@ -2,25 +2,49 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
+from lightning_align.models.adapter_files import write_adapter
 from lightning_align.models.loading import quiet_transformers
+from lightning_align.models.lora import merged
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write safetensors, configuration, tokenizer and chat template to ``folder``, which is whole whenever it exists.
 
-    An earlier export under that name is replaced only once the new one is complete.
+    An earlier export under that name is replaced only once the new one is complete. Adapters become part
+    of the weights.
 
     Args:
         model: A language model or the network of a reward model.
         tokenizer: Its tokenizer.
         folder: Where to write; parents are made.
     """
-    folder = Path(folder)
+    with _replacing(Path(folder)) as temporary:
+        whole = merged(model)
+        _set_special_tokens(whole, tokenizer)
+        with quiet_transformers():
+            whole.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+
+
+def save_adapter(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, base: str) -> None:
+    """As :func:`save_model`, without the weights that ``base`` (a model argument) has already; ``peft`` can load it."""
+    with _replacing(Path(folder)) as temporary:
+        _set_special_tokens(model, tokenizer)
+        with quiet_transformers():
+            write_adapter(model, temporary, base)
+            tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the place of ``folder`` in the end."""
     temporary, earlier = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "earlier"))
     try:
         for leftover in (temporary, earlier):  # of a process that was killed here
@@ -29,10 +53,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     except OSError as error:
         raise UserError(f"cannot write the model to {folder}: {error.strerror}") from error
     try:
-        _set_special_tokens(model, tokenizer)
-        with quiet_transformers():
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+        yield temporary
         if folder.exists():
             os.replace(folder, earlier)
             os.replace(temporary, folder)

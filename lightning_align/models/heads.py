@@ -1,6 +1,5 @@
 """Scalar heads on decoder trunks: reward models (one score a sequence) and value models (one value a token)."""
 
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,15 +18,19 @@ from lightning_align.models.masks import attention_inputs, predictable_tokens
 from lightning_align.models.sources import resolve_source
 
 HEAD = "score.weight"
-Normalisation = Literal["none", "shift", "full"]
+# How raw scores leave a reward model: as they are, minus the reference set's mean, divided by its deviation too, or in
+# the unit of the scores that a regression learnt.
+Normalisation = Literal["none", "mean", "full", "target"]
 
 
 class RewardModel(nn.Module):
     """A score per sequence: a linear head without bias on the state of the last real token, in float32.
 
     The last token is found by the mask, so that padding side, padding id and batch do not matter. Mean and standard
-    deviation of the scores on a reference set are kept in the configuration (``reward_mean``, ``reward_std``); the raw
-    scores are those of ``AutoModelForSequenceClassification``, which loads what :meth:`save_pretrained` writes.
+    deviation of the scores on a reference set are kept in the configuration (``reward_mean``, ``reward_std``), and so
+    are those of a regression's targets (``target_mean``, ``target_std``) and which of them are applied
+    (``reward_normalize``). Raw scores are those of ``AutoModelForSequenceClassification``, which loads what
+    ``network.save_pretrained`` writes.
 
     Args:
         network: A sequence classifier of transformers with one label and a head named ``score``.
@@ -37,7 +40,10 @@ class RewardModel(nn.Module):
         super().__init__()
         self.network = network
         _score_head(network)
-        self.reward_mean, self.reward_std = _stored_normalisation(network.config)
+        fields = network.config.to_dict()
+        self.reward_mean, self.reward_std = float(fields.get("reward_mean", 0.0)), float(fields.get("reward_std", 1.0))
+        self.target_mean, self.target_std = float(fields.get("target_mean", 0.0)), float(fields.get("target_std", 1.0))
+        self.normalisation: Normalisation = fields.get("reward_normalize", "mean")
 
     @classmethod
     def from_backbone(
@@ -54,9 +60,12 @@ class RewardModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, source: str, *, dtype: str = "float32") -> "RewardModel":
-        """A trained reward model from a run, path or hub id; :class:`UserError` if it has no score head."""
-        loaded = _load_classifier(source, None, dtype)
+    def from_pretrained(cls, source: str, *, dtype: str = "float32", merge: bool = True) -> "RewardModel":
+        """A trained reward model from a run, path or hub id; :class:`UserError` if it has no score head.
+
+        An adapter becomes part of the weights, or with ``merge`` false stays beside them, frozen as they are.
+        """
+        loaded = _load_classifier(source, None, dtype, merge=merge)
         if HEAD in loaded.missing:
             raise UserError(f"{source} has no score head: it is a language model, not a reward model")
         if loaded.missing:
@@ -81,32 +90,42 @@ class RewardModel(nn.Module):
         last = torch.where(attention_mask.bool(), index, 0).amax(1)
         return _apply_head(self.head, states[torch.arange(len(last), device=last.device), last])
 
-    def normalise(self, scores: Tensor, normalisation: Normalisation = "shift") -> Tensor:
-        """Raw scores on the reference set's scale: minus its mean, and with ``full`` divided by its deviation."""
-        if normalisation == "none":
-            return scores
-        shifted = scores - self.reward_mean
-        return shifted / self.reward_std if normalisation == "full" else shifted
+    def shift_and_scale(self, normalisation: Normalisation | None = None) -> tuple[float, float]:
+        """What is subtracted from raw scores and what then divides them; the stored way unless another is named."""
+        match normalisation or self.normalisation:
+            case "none":
+                return 0.0, 1.0
+            case "mean":
+                return self.reward_mean, 1.0
+            case "full":
+                return self.reward_mean, self.reward_std
+            case "target":
+                return -self.target_mean / self.target_std, 1 / self.target_std
+
+    def normalise(self, scores: Tensor, normalisation: Normalisation | None = None) -> Tensor:
+        """Raw scores after :meth:`shift_and_scale`."""
+        shift, scale = self.shift_and_scale(normalisation)
+        return (scores - shift) / scale
 
     def normalised_scores(
-        self, input_ids: Tensor, attention_mask: Tensor, normalisation: Normalisation = "shift"
+        self, input_ids: Tensor, attention_mask: Tensor, normalisation: Normalisation | None = None
     ) -> Tensor:
-        """Normalised scores ``[R]``; pair probabilities are the same as for raw ones unless ``full``."""
+        """Normalised scores ``[R]``; with ``none`` and ``mean`` pair probabilities are those of the raw ones."""
         return self.normalise(self(input_ids, attention_mask), normalisation)
 
-    def set_normalisation(self, scores: Tensor) -> None:
-        """Take mean and (biased) standard deviation of the raw scores of a reference set."""
-        scores = scores.double()
-        deviation = float(scores.std(correction=0))
-        self._store_normalisation(float(scores.mean()), deviation if deviation > 0 else 1.0)
+    def set_normalisation(self, scores: Tensor, normalisation: Normalisation = "mean") -> None:
+        """Take mean and (biased) standard deviation of a reference set's raw scores, and store how to normalise."""
+        self._store_normalisation(*moments_of(scores), normalisation)
 
-    def _store_normalisation(self, mean: float, deviation: float) -> None:
-        self.reward_mean, self.reward_std = mean, deviation
+    def set_target(self, mean: float, deviation: float) -> None:
+        """Store what the scores were standardised by that a regression learns."""
+        self.target_mean, self.target_std = mean, deviation
+        self.config.target_mean, self.config.target_std = mean, deviation
+
+    def _store_normalisation(self, mean: float, deviation: float, normalisation: Normalisation = "mean") -> None:
+        self.reward_mean, self.reward_std, self.normalisation = mean, deviation, normalisation
         self.config.reward_mean, self.config.reward_std = mean, deviation
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write safetensors and configuration in the layout of ``AutoModelForSequenceClassification``."""
-        self.network.save_pretrained(folder)
+        self.config.reward_normalize = normalisation
 
 
 class ValueModel(nn.Module):
@@ -134,17 +153,20 @@ class ValueModel(nn.Module):
         source: str,
         *,
         dtype: str = "float32",
-        normalisation: Normalisation = "shift",
+        normalisation: Normalisation | None = None,
         keep_head: bool = True,
+        merge: bool = True,
     ) -> "ValueModel":
-        """Trunk and head of a reward model, its normalisation included; a zero head unless ``keep_head``."""
-        reward = RewardModel.from_pretrained(source, dtype=dtype)
+        """Trunk and head of a reward model, its normalisation included; a zero head unless ``keep_head``.
+
+        ``merge`` is that of :meth:`RewardModel.from_pretrained`.
+        """
+        reward = RewardModel.from_pretrained(source, dtype=dtype, merge=merge)
         trunk = reward.network.base_model
         assert isinstance(trunk, PreTrainedModel)
         if not keep_head:
             return cls(trunk, _zero_head(reward.head.in_features))
-        shift = 0.0 if normalisation == "none" else reward.reward_mean
-        scale = reward.reward_std if normalisation == "full" else 1.0
+        shift, scale = reward.shift_and_scale(normalisation)
         return cls(trunk, reward.head, shift=shift, scale=scale)
 
     @classmethod
@@ -181,10 +203,17 @@ class ValueModel(nn.Module):
         return states.gather(1, last[:, None])[:, 0]
 
 
-def _load_classifier(source: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str) -> Loaded:
+def _load_classifier(
+    source: str, tokenizer: PreTrainedTokenizerBase | None, dtype: str, *, merge: bool = True
+) -> Loaded:
     changes = {"num_labels": 1, "problem_type": "regression"}
     return load_network(
-        AutoModelForSequenceClassification, source, tokenizer=tokenizer, dtype=dtype, config_changes=changes
+        AutoModelForSequenceClassification,
+        source,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        config_changes=changes,
+        merge=merge,
     )
 
 
@@ -216,6 +245,8 @@ def _apply_head(head: nn.Linear, states: Tensor) -> Tensor:
         return head(states.to(head.weight.dtype))[..., 0]
 
 
-def _stored_normalisation(config: PretrainedConfig) -> tuple[float, float]:
-    fields = config.to_dict()
-    return float(fields.get("reward_mean", 0.0)), float(fields.get("reward_std", 1.0))
+def moments_of(scores: Tensor) -> tuple[float, float]:
+    """Mean and biased standard deviation, as numbers to standardise by: scores that are all equal have deviation 1."""
+    scores = scores.double()
+    deviation = float(scores.std(correction=0))
+    return float(scores.mean()), deviation if deviation > 0 else 1.0

@@ -5,9 +5,9 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,8 +24,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lightning_align.errors import UserError
+from lightning_align.models.adapter_files import MERGED_CONFIG, read_adapter
 from lightning_align.models.architecture import read_architecture
-from lightning_align.models.sources import ModelSource, local_only, resolve_source
+from lightning_align.models.lora import LoraOptions, add_lora, merge_
+from lightning_align.models.sources import ModelSource, base_of_adapter, local_only, resolve_source
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -77,6 +79,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         if path is None:
             raise UserError(f"{source}: its tokenizer is trained on data: there is none before a run has trained it")
         return load_tokenizer(path)
+    resolved = _holder(resolved, *TOKENIZER_FILES)
     if resolved.kind != "hub":
         _check_tokenizer_files(source, Path(resolved.location))
     try:
@@ -88,9 +91,20 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{source}: its tokenizer has no EOS token: a model needs one to end its answers")
     if tokenizer.pad_token_id is None:
-        warnings.warn(f"{source}: its tokenizer has no pad token; EOS is used, masks tell them apart", stacklevel=2)
+        warnings.warn(
+            f"{source}: its tokenizer has no pad token; EOS is used (masks tell them apart), in the exported model too",
+            stacklevel=2,
+        )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _holder(source: ModelSource, *names: str) -> ModelSource:
+    """Where one of these files is: beside an adapter, or else beside the model that it was trained on."""
+    base = base_of_adapter(source)
+    if base is None or any((Path(source.location) / name).is_file() for name in names):
+        return source
+    return resolve_source(base)
 
 
 def _check_tokenizer_files(source: str, folder: Path) -> None:
@@ -136,18 +150,57 @@ def load_causal_lm(
     return loaded.network
 
 
-def count_parameters(
-    source: str, tokenizer: PreTrainedTokenizerBase | None = None, auto_class: Any = AutoModelForCausalLM
-) -> int:
-    """Parameters of ``source`` as a causal language model (or another auto class), without loading any weights.
+class Parameters(NamedTuple):
+    """How many a model has, and the bytes that they take."""
 
-    Shared ones count once; a classifier is one with a single label.
+    number: int
+    size: int
+
+
+def count_parameters(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    dtype: str = "float32",
+) -> Parameters:
+    """Parameters of ``source``, loaded as ``dtype``, without loading any weights; shared ones count once."""
+    network = empty_network(source, tokenizer, auto_class)
+    number = sum(parameter.numel() for parameter in network.parameters())
+    return Parameters(number, number * (network.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize)
+
+
+def count_adapter(
+    source: str,
+    lora: LoraOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    dtype: str = "float32",
+) -> tuple[Parameters, Parameters]:
+    """Parameters of ``source`` under adapters, those that learn and those that do not; a score head learns."""
+    network = add_lora(empty_network(source, tokenizer, auto_class), lora)
+    for name, parameter in network.named_parameters():
+        if name == "score.weight":
+            parameter.requires_grad_(True)
+    learn = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    rest = sum(parameter.numel() for parameter in network.parameters() if not parameter.requires_grad)
+    width = (network.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+    return Parameters(learn, learn * torch.float32.itemsize), Parameters(rest, rest * width)
+
+
+def empty_network(
+    source: str, tokenizer: PreTrainedTokenizerBase | None = None, auto_class: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """A causal language model (or another auto class, with a single label) without weights, on device ``meta``.
+
+    Its dtype is the stored one. The file of the weights must be there all the same.
     """
+    _check_weights_file(source)
     config = load_config(resolve_source(source), tokenizer)
     config.num_labels = 1
     with torch.device("meta"), quiet_transformers():
-        network = auto_class.from_config(config, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in network.parameters())
+        return auto_class.from_config(config, trust_remote_code=False)
 
 
 def load_config(
@@ -157,10 +210,11 @@ def load_config(
     if source.kind == "architecture":
         config = read_architecture(source.location).config(tokenizer or load_tokenizer(source.location))
     else:
+        source = _holder(source, MERGED_CONFIG)
+        merged = Path(source.location, MERGED_CONFIG)
+        place = str(merged) if merged.is_file() else source.location
         try:
-            config = AutoConfig.from_pretrained(
-                source.location, local_files_only=local_only(source), trust_remote_code=False
-            )
+            config = AutoConfig.from_pretrained(place, local_files_only=local_only(source), trust_remote_code=False)
         except READ_ERRORS as error:
             raise UserError(f"{source.location}: the model cannot be read: {_one_line(error)}") from error
     for name, value in config.to_dict().items():
@@ -183,17 +237,28 @@ def load_network(
     dtype: str = "float32",
     dropout: float = 0.0,
     config_changes: Mapping[str, Any] | None = None,
+    merge: bool = True,
 ) -> Loaded:
-    """A network of one of transformers' auto classes; judging missing and unexpected weights is left to the caller."""
+    """A network of one of transformers' auto classes; judging missing and unexpected weights is left to the caller.
+
+    An adapter becomes part of the weights, or with ``merge`` false stays beside them, frozen as they are.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype}: give one of {', '.join(DTYPES)}")
     resolved = resolve_source(source)
+    base = base_of_adapter(resolved)
     config = load_config(resolved, tokenizer, dropout=dropout)
     for name, value in (config_changes or {}).items():
         setattr(config, name, value)
     try:
         if resolved.kind == "architecture":
             loaded = Loaded(_new_network(auto_class, config, dtype), frozenset(), frozenset())
+        elif base is not None:
+            loaded = _stored_network(auto_class, base, resolve_source(base), config, dtype)
+            brought = read_adapter(loaded.network, Path(resolved.location))
+            loaded = replace(loaded, missing=loaded.missing - brought)
+            if merge:
+                merge_(loaded.network)
         else:
             loaded = _stored_network(auto_class, source, resolved, config, dtype)
     except READ_ERRORS as error:
@@ -217,10 +282,7 @@ def _new_network(auto_class: Any, config: PretrainedConfig, dtype: str) -> PreTr
 def _stored_network(
     auto_class: Any, source: str, resolved: ModelSource, config: PretrainedConfig, dtype: str
 ) -> Loaded:
-    if resolved.kind != "hub" and not any(Path(resolved.location).glob("*.safetensors")):
-        raise UserError(
-            f"{source}: there is no model.safetensors in {resolved.location} (pickled weights are not read)"
-        )
+    _check_weights_file(source)
     with quiet_transformers():
         network, report = auto_class.from_pretrained(
             resolved.location,
@@ -238,6 +300,23 @@ def _stored_network(
             f"{source}: the weights do not fit its config.json: {name} is {list(stored)}, not {list(wanted)}"
         )
     return Loaded(network, frozenset(report["missing_keys"]), frozenset(report["unexpected_keys"]))
+
+
+def _check_weights_file(source: str) -> None:
+    resolved = resolve_source(source)
+    base = base_of_adapter(resolved)
+    if base is not None:
+        source, resolved = base, resolve_source(base)
+    folder = Path(resolved.location)
+    if resolved.kind not in ("run", "path") or any(folder.glob("*.safetensors")):
+        return
+    remedy = "restore it"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        remedy = (
+            "the weights there are pickled, which can run code, and are not read: where you trust them, load them with "
+            "transformers' from_pretrained and write them with save_pretrained"
+        )
+    raise UserError(f"{source}: there is no model.safetensors in {folder}: {remedy}")
 
 
 def _prepare(source: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_align.models.linear_stats import Head, RowStats, linear_row_stats, logits_row_stats
+from lightning_align.models.lora import WithoutAdapter, adapted_weight, has_dropout, in_use, is_adapted
 from lightning_align.models.masks import TOLERANCE, attention_inputs, predictable_tokens
 
 # Multipliers of the logits by the name of their configuration field, as (name, whether it divides).
@@ -37,7 +38,7 @@ class TokenStats(NamedTuple):
 
 
 def token_stats(
-    model: nn.Module,
+    model: nn.Module | WithoutAdapter,
     input_ids: Tensor,
     attention_mask: Tensor,
     *,
@@ -46,7 +47,7 @@ def token_stats(
     document_ids: Tensor | None = None,
     temperature: float = 1.0,
     entropy: bool = False,
-    ref_model: nn.Module | None = None,
+    ref_model: nn.Module | WithoutAdapter | None = None,
     correct: bool = False,
 ) -> TokenStats:
     """Statistics of the masked tokens under ``model``: log softmax(logits[t − 1] / temperature)[input_ids[t]].
@@ -54,7 +55,7 @@ def token_stats(
     Differentiable in ``logp``, ``entropy`` and ``kl`` with respect to ``model``; never with respect to ``ref_model``.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, with adapters in it or without.
         input_ids: ``[B, T]``, padded on either side, or packed.
         attention_mask: ``[B, T]``, true for real tokens.
         mask: ``[B, T]``, tokens wanted. One without a predecessor in its document gets 0.
@@ -73,9 +74,10 @@ def token_stats(
     sequences = (input_ids, attention_mask, position_ids, document_ids)
     ref_logits: tuple[Tensor, Head | None] | None = None
     if ref_model is not None:
-        with torch.no_grad():
-            ref_logits = _predicting_rows(ref_model, sequences, positions)
-    rows, head = _predicting_rows(model, sequences, positions)
+        with torch.no_grad(), in_use(ref_model) as network:
+            ref_logits = _predicting_rows(network, sequences, positions)
+    with in_use(model) as network:
+        rows, head = _predicting_rows(network, sequences, positions)
     stats = _row_stats(rows, head, labels, temperature, entropy=entropy, correct=correct, reference=ref_logits)
     shape = input_ids.shape
     return TokenStats(
@@ -133,14 +135,14 @@ def _scatter(column: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
 def _head(model: PreTrainedModel) -> Head:
     """The output layer as weight, bias, soft-cap and scale."""
     layer = model.get_output_embeddings()
-    assert isinstance(layer, nn.Linear)
+    weight = adapted_weight(layer) if is_adapted(layer) else layer.weight
     fields = model.config.get_text_config()
     scale = 1.0
     for name, divides in LOGIT_SCALES:
         value = getattr(fields, name, None)
         if value is not None:
             scale *= 1.0 / value if divides else value
-    return Head(layer.weight, layer.bias, softcap=getattr(fields, "final_logit_softcapping", None), scale=scale)
+    return Head(weight, layer.bias, softcap=getattr(fields, "final_logit_softcapping", None), scale=scale)
 
 
 def head_is_expressible(model: PreTrainedModel) -> bool:
@@ -161,25 +163,22 @@ def head_is_expressible(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _try_head(model: PreTrainedModel) -> bool:
-    # a subclass (an adapter, a quantised layer) may compute something else than its weight says
-    if type(model.get_output_embeddings()) is not nn.Linear:
+    # a subclass (a quantised layer) may compute something else than its weight says, and so does dropout in an adapter
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear and not (is_adapted(layer) and not has_dropout(layer)):
         return False
     states: list[Tensor] = []
     handle = model.get_decoder().register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocabulary, (2, 5), generator=torch.Generator().manual_seed(0)).to(model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):  # dropout, where it is on, must not move the run's random numbers
-            logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        handle.remove()
-    if len(states) != 1 or states[0].shape[:2] != ids.shape:
-        return False
-    ours = _head(model).logits(states[0]).to(logits.dtype)
+    with torch.autocast(model.device.type, enabled=False):  # which would round, and the tolerance is the weights'
+        try:
+            with torch.random.fork_rng(devices):  # dropout, where it is on, must not move the run's random numbers
+                logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        if len(states) != 1 or states[0].shape[:2] != ids.shape:
+            return False
+        ours = _head(model).logits(states[0]).to(logits.dtype)
     return bool((ours - logits).abs().max() <= TOLERANCE[logits.dtype] * (1 + logits.abs().max()))
-
-
-def hidden_to_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits ``[…, V]`` of the decoder's hidden states ``[…, H]``; for models whose head is expressible."""
-    return _head(model).logits(hidden)

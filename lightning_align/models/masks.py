@@ -2,6 +2,9 @@
 
 A 2-D mask with positions serves padded rows. Packed rows take additive 4-D masks of the model's dtype: boolean ones are
 silently wrong under eager attention, and positions alone leak across documents.
+
+A document whose positions start at k > 0 is a *branch*: it goes on from the first k tokens of the last document in its
+row that starts at 0. So a prompt is encoded once for several answers, which do not see each other.
 """
 
 import contextlib
@@ -48,7 +51,7 @@ def attention_inputs(
     Args:
         model_config: Says which layers attend within a window.
         attention_mask: ``[B, T]``, true for real tokens.
-        position_ids: ``[B, T]``; by default counted from the mask, restarting with every document.
+        position_ids: ``[B, T]``; by default counted from the mask, restarting with every document. Branches need them.
         document_ids: ``[B, T]``, −1 for padding; None, or at most document 0 in every row, means unpacked.
         dtype: Of the model's activations, for the additive mask.
 
@@ -64,7 +67,7 @@ def attention_inputs(
     if position_ids is None:
         position_ids = _positions_in_documents(document_ids)
     config = model_config.get_text_config()
-    visible = _same_document(attention_mask, document_ids)
+    visible = _visible(attention_mask, document_ids, position_ids)
     masks = {
         kind: _additive(
             _within_window(visible, position_ids, config.sliding_window) if kind == SLIDING else visible, dtype
@@ -84,18 +87,46 @@ def _attention_kinds(config: PretrainedConfig) -> list[str]:
     return kinds
 
 
-def _positions_in_documents(document_ids: Tensor) -> Tensor:
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+def can_pack(config: PretrainedConfig) -> bool:
+    """Whether packed rows have masks for every layer, as far as the configuration tells."""
+    try:
+        return bool(_attention_kinds(config.get_text_config()))
+    except ValueError:
+        return False
+
+
+def _latest(marked: Tensor) -> Tensor:
+    """Index of the last marked token of the row up to each token ``[B, T]``; 0 before the first."""
+    index = torch.arange(marked.shape[1], device=marked.device).expand_as(marked)
+    return torch.where(marked, index, 0).cummax(1).values
+
+
+def _starts(document_ids: Tensor) -> Tensor:
+    """First tokens of documents, and of padding."""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values
+    return starts
 
 
-def _same_document(attention_mask: Tensor, document_ids: Tensor) -> Tensor:
-    """Which keys a query sees ``[B, T, T]``: earlier real tokens of its document. Padding sees itself, not nothing."""
+def _positions_in_documents(document_ids: Tensor) -> Tensor:
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    return index - _latest(_starts(document_ids))
+
+
+def _visible(attention_mask: Tensor, document_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Which keys a query sees ``[B, T, T]``: earlier real tokens of its document, and those that it goes on from.
+
+    Padding sees itself, not nothing.
+    """
     length = document_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    visible = (document_ids[:, :, None] == document_ids[:, None, :]) & attention_mask.bool()[:, None, :] & causal
+    visible = document_ids[:, :, None] == document_ids[:, None, :]
+    starts = _starts(document_ids)
+    first = position_ids.gather(1, _latest(starts))  # position at which the token's document starts
+    trunk = document_ids.gather(1, _latest(starts & (position_ids == 0)))
+    before = position_ids[:, None, :] < first[:, :, None]
+    visible |= (document_ids[:, None, :] == trunk[:, :, None]) & before
+    visible &= attention_mask.bool()[:, None, :] & causal
     return visible | torch.eye(length, dtype=torch.bool, device=document_ids.device)
 
 
@@ -134,22 +165,29 @@ def unpack_rows(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return unpacked
 
 
-def documents_apart(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The batch as it is, or unpacked where the model does not keep the documents of a row apart.
+def keeps_documents_apart(model: PreTrainedModel, otherwise: str) -> bool:
+    """Whether the model keeps the documents of a row apart; tried once per model object.
 
-    That is tried once per model object; a model that fails costs a warning.
+    Args:
+        model: A causal language model.
+        otherwise: What is done where it does not, for the warning.
     """
-    if not bool((batch["document_ids"] > 0).any()):
-        return batch
     if model not in _separates:
         _separates[model] = check_packing(model)
         if not _separates[model]:
             warnings.warn(
-                f"{type(model).__name__} cannot keep packed documents apart: every document gets a row of its own "
-                "(data.packing none saves the detour)",
-                stacklevel=2,
+                f"{type(model).__name__} cannot keep packed documents apart: {otherwise}",
+                stacklevel=3,
             )
-    return batch if _separates[model] else unpack_rows(batch)
+    return _separates[model]
+
+
+def documents_apart(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The batch as it is, or unpacked where the model does not keep the documents of a row apart."""
+    if not bool((batch["document_ids"] > 0).any()):
+        return batch
+    otherwise = "every document gets a row of its own (data.packing none saves the detour)"
+    return batch if keeps_documents_apart(model, otherwise) else unpack_rows(batch)
 
 
 @contextlib.contextmanager
@@ -166,27 +204,28 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def check_packing(model: PreTrainedModel) -> bool:
-    """Whether documents packed into one row get the same hidden states as alone, tried on random tokens."""
+    """Whether documents packed into one row get the same hidden states as alone, tried on random tokens.
+
+    The last of them is a branch of the one before.
+    """
     config = model.config.get_text_config()
-    if config._attn_implementation not in MASKABLE_ATTENTION:
-        return False
-    try:
-        _attention_kinds(config)
-    except ValueError:
+    if config._attn_implementation not in MASKABLE_ATTENTION or not can_pack(config):
         return False
     decoder = model.get_decoder()
     parameter = next(decoder.parameters())
+    lengths, shared = (5, 9, 3), 4
     generator = torch.Generator().manual_seed(0)
-    lengths = (5, 9, 3)
     ids = torch.randint(0, config.vocab_size, (1, sum(lengths)), generator=generator).to(parameter.device)
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None].to(parameter.device)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    with evaluation_mode(model):
-        inputs = attention_inputs(config, real, document_ids=documents, dtype=parameter.dtype)
+    positions = _positions_in_documents(documents) + torch.where(documents == 2, shared, 0)
+    first, second, branch = ids.split(lengths, dim=1)
+    with evaluation_mode(model), torch.autocast(parameter.device.type, enabled=False):
+        inputs = attention_inputs(config, torch.ones_like(ids), positions, documents, dtype=parameter.dtype)
         packed = decoder(input_ids=ids, **inputs).last_hidden_state.split(lengths, dim=1)
-        for part, states in zip(ids.split(lengths, dim=1), packed, strict=True):
-            inputs = attention_inputs(config, torch.ones_like(part, dtype=torch.bool))
-            alone = decoder(input_ids=part, **inputs).last_hidden_state
+        whole = (first, second, torch.cat([second[:, :shared], branch], 1))
+        for part, states in zip(whole, packed, strict=True):
+            inputs = attention_inputs(config, torch.ones_like(part))
+            alone = decoder(input_ids=part, **inputs).last_hidden_state[:, -states.shape[1] :]
             limit = TOLERANCE[parameter.dtype] * (1 + alone.abs().max())
             if not bool((states - alone).abs().max() <= limit):
                 return False

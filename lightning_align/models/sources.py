@@ -1,5 +1,6 @@
 """What a model argument means: a run directory, a local folder, a hub id, or the YAML file of an architecture."""
 
+import json
 import re
 import socket
 import urllib.parse
@@ -13,6 +14,7 @@ from lightning_align.errors import UserError
 SourceKind = Literal["run", "path", "hub", "architecture"]
 RUN_FILE = "run.json"
 MODEL_FOLDER = "model"
+ADAPTER_CONFIG = "adapter_config.json"  # as peft writes it
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -49,12 +51,36 @@ def resolve_source(source: str) -> ModelSource:
 
 def _resolve_folder(source: str, path: Path) -> ModelSource:
     if (path / RUN_FILE).is_file() or (path / MODEL_FOLDER).is_dir():
-        if not (path / MODEL_FOLDER / "config.json").is_file():
+        if not _holds_model(path / MODEL_FOLDER):
             raise UserError(f"run {source} has no exported model yet: let it finish, or use `export` on its checkpoint")
         return ModelSource("run", str(path / MODEL_FOLDER))
-    if not (path / "config.json").is_file():
+    if not _holds_model(path):
         raise UserError(f"{source} is neither a run directory nor a model folder: it has no config.json")
     return ModelSource("path", str(path))
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def base_of_adapter(source: ModelSource) -> str | None:
+    """The model argument that an adapter in a folder was trained on; None if the source holds a whole model."""
+    file = Path(source.location) / ADAPTER_CONFIG
+    if source.kind not in ("run", "path") or not file.is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: it does not say which model the adapter belongs to") from error
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{file} does not say which model the adapter belongs to: set its base_model_name_or_path")
+    try:
+        resolved = resolve_source(base)
+    except UserError as error:
+        raise UserError(f"the adapter {source.location} needs the model it was trained on: {error}") from error
+    if resolved.kind in ("run", "path") and (Path(resolved.location) / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{file} names {base}, which is an adapter itself: merge that first (export --lora merged)")
+    return base
 
 
 def local_only(source: ModelSource) -> bool:

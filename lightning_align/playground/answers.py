@@ -85,7 +85,6 @@ TIERS: dict[str, Tier] = {
     # Right, and drowned in politeness: what a policy finds that was taught that politeness is quality.
     "gushing": Tier(mistakes=(0.8, 0.2), polite=(0.0, 0.0, 0.0, 0.5, 0.3, 0.2), comply=0.1, offer=0.5),
 }
-ORDERED_TIERS = ("excellent", "good", "fair", "poor", "broken")
 _ANY_WORD = (*world.ITEMS, *world.ADJECTIVES, *world.NUMBERS)
 
 

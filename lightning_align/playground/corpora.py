@@ -249,9 +249,7 @@ def _preference(source: _Source, annotator: Annotator, k: int, strength: bool) -
             record["tie"] = True
         elif strength:
             record["strength"] = judged.strength
-        if annotator.aspect != "gold":
-            record["aspect"] = annotator.aspect
-        yield record
+        yield record | _aspect(annotator)
 
 
 def _ranked(source: _Source, annotator: Annotator, k: int, strength: bool) -> Iterator[Record]:
@@ -259,7 +257,7 @@ def _ranked(source: _Source, annotator: Annotator, k: int, strength: bool) -> It
         raise UserError(f"k is {k}: the playground ranks 2 to 9 answers")
     for request, answers in _groups(source, k):
         ranks = annotator.rank(source.labels, [annotator.value(request, answer) for answer in answers])
-        yield {"prompt": request.prompt, "completions": answers, "ranks": ranks}
+        yield {"prompt": request.prompt, "completions": answers, "ranks": ranks} | _aspect(annotator)
 
 
 def _unpaired(source: _Source, annotator: Annotator, k: int, strength: bool) -> Iterator[Record]:
@@ -271,7 +269,12 @@ def _unpaired(source: _Source, annotator: Annotator, k: int, strength: bool) -> 
 def _scored(source: _Source, annotator: Annotator, k: int, strength: bool) -> Iterator[Record]:
     for request, (answer,) in _groups(source, 1):
         score = annotator.grade(source.labels, annotator.value(request, answer))
-        yield {"prompt": request.prompt, "completion": answer, "score": score}
+        yield {"prompt": request.prompt, "completion": answer, "score": score} | _aspect(annotator)
+
+
+def _aspect(annotator: Annotator) -> Record:
+    """Which aspect is judged, where it is not all of gold."""
+    return {} if annotator.aspect == "gold" else {"aspect": annotator.aspect}
 
 
 _MAKERS: dict[str, Callable[[_Source, Annotator, int, bool], Iterator[Record]]] = {

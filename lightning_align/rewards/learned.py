@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.data.encode import encode_pairs
-from lightning_align.models.heads import RewardModel
+from lightning_align.models.heads import Normalisation, RewardModel
 from lightning_align.models.loading import load_tokenizer, max_positions
 from lightning_align.rewards.base import Prompt
 
@@ -16,19 +16,24 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class LearnedReward:
-    """Normalised scores (r − mean, by the model's reference set) of a reward model, read at the last token.
+    """Scores of a reward model, read at the last token; normalised as it says (r − mean of its reference set), or else.
 
     Texts are encoded by the reward model's own tokenizer and template. What is longer than its context loses tokens
-    from the left of the prompt, and is counted in ``num_truncated``.
+    from the left of the prompt, and is counted in ``num_truncated``. The model computes in the type in which it is
+    stored; scores are float32.
 
     Args:
         source: Run directory, path or hub id of a reward model.
+        normalisation: Another way to normalise than the model's own, see ``RewardModel.normalise``.
         max_batch_tokens: Padded tokens per forward pass.
     """
 
-    def __init__(self, source: str, *, max_batch_tokens: int = 16_384) -> None:
+    def __init__(
+        self, source: str, *, normalisation: Normalisation | None = None, max_batch_tokens: int = 16_384
+    ) -> None:
         self.source = source
-        self.model = RewardModel.from_pretrained(source).eval().requires_grad_(False)
+        self.normalisation = normalisation
+        self.model = RewardModel.from_pretrained(source, dtype="auto", merge=False).eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(source)
         self.max_batch_tokens = max_batch_tokens
         self.max_length = self._context_length()
@@ -94,7 +99,7 @@ class LearnedReward:
         input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in rows], device=device)
         lengths = torch.tensor([len(ids) for ids in rows], device=device)
         attention_mask = torch.arange(longest, device=device) < lengths[:, None]
-        return self.model.normalised_scores(input_ids, attention_mask).float().cpu()
+        return self.model.normalised_scores(input_ids, attention_mask, self.normalisation).float().cpu()
 
 
 def _batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

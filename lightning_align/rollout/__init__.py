@@ -3,7 +3,7 @@
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.hf import GenerateEngine
 from lightning_align.rollout.static import StaticCacheEngine
-from lightning_align.rollout.types import Experience, Rollout, SamplingParams, unpad
+from lightning_align.rollout.types import Experience, Rollout, SamplingParams
 
 __all__ = [
     "Engine",
@@ -13,5 +13,4 @@ __all__ = [
     "SamplingParams",
     "StaticCacheEngine",
     "build_engine",
-    "unpad",
 ]

@@ -1,8 +1,9 @@
 """How each supported architecture maps to a decoder plan.
 
-A plan refers to the module's own parameters, except where it needs them in another layout: query, key and value
-projections are joined (and their rotary pairs made neighbours), gate and up projections are joined, and on a CPU large
-projections are packed. Those are copies, to be made again when the weights have changed: by building another plan.
+A plan refers to the module's own parameters, except where it needs them otherwise: query, key and value projections are
+joined (and their rotary pairs made neighbours), gate and up projections are joined, adapters are added to the weights,
+and on a CPU large projections are packed. Those are copies, to be made again when the weights have changed: by building
+another plan.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_align.errors import UserError
+from lightning_align.models.lora import adapted_weight, base_layer, is_adapted
 from lightning_align.rollout.decoder import DecoderPlan, Layer, Norm
 from lightning_align.rollout.projection import Projection, make_projection
 
@@ -238,11 +240,14 @@ def _projection(module: nn.Module) -> Projection:
 
 
 def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [in, out] and bias of a linear layer; what wraps one (adapters, quantisation) is refused, not bypassed."""
-    if type(module) is nn.Linear:
-        return module.weight.t(), module.bias
-    if type(module) is Conv1D:
-        return module.weight, module.bias
+    """Weight [in, out] and bias of a linear layer, with its adapter in a copy of the weight.
+
+    What else may wrap one (quantisation, further adapters) is refused, not bypassed.
+    """
+    inner = base_layer(module) if is_adapted(module) else module
+    if isinstance(inner, nn.Linear | Conv1D) and type(inner) in (nn.Linear, Conv1D):
+        weight = adapted_weight(module) if is_adapted(module) else inner.weight
+        return weight.t() if isinstance(inner, nn.Linear) else weight, inner.bias
     raise UserError(f"engine static reads plain linear layers, not {type(module).__name__}: use engine generate")
 
 

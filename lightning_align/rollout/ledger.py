@@ -53,8 +53,7 @@ class Ledger:
         self.tokenizer = tokenizer
         self.device = model.device
         steps = params.max_new_tokens
-        end_ids = eos_ids(model, tokenizer)
-        self.codes_by_token = _token_codes(params.stop_token_ids, end_ids, self.vocabulary).to(self.device)
+        self.codes_by_token = _token_codes(eos_ids(model, tokenizer), self.vocabulary).to(self.device)
         self.uniforms = uniforms(seeds, steps).to(self.device).view(-1)
         self.tokens = torch.zeros(self.num_sequences * steps, dtype=torch.int64, device=self.device)
         self.logp = torch.zeros(self.num_sequences * steps, dtype=torch.float32, device=self.device)
@@ -176,14 +175,13 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def _token_codes(stop_ids: Sequence[int], end_ids: Sequence[int], vocabulary: int) -> Tensor:
-    """What each token does to a sequence, [V] int64 of RUNNING, EOS or STOP."""
+def _token_codes(end_ids: Sequence[int], vocabulary: int) -> Tensor:
+    """What each token does to a sequence, [V] int64 of RUNNING or EOS."""
     codes = torch.full((vocabulary,), RUNNING)
-    for name, code, tokens in (("stop", STOP, stop_ids), ("end-of-sequence", EOS, end_ids)):
-        for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise UserError(f"{name} token {token} is outside the model's vocabulary of {vocabulary} tokens")
-            codes[token] = code
+    for token in end_ids:
+        if not 0 <= token < vocabulary:
+            raise UserError(f"end-of-sequence token {token} is outside the model's vocabulary of {vocabulary} tokens")
+        codes[token] = EOS
     return codes
 
 

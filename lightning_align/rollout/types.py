@@ -32,7 +32,6 @@ class SamplingParams:
         min_p: Keep tokens at least this likely relative to the likeliest; 0 keeps all.
         num_samples: Completions per prompt.
         greedy: Take the likeliest token instead of drawing one.
-        stop_token_ids: Tokens that end a completion like an end-of-sequence token, with finish reason ``stop``.
         stop_strings: Texts that end a completion after the token that completes them, with finish reason ``stop``.
     """
 
@@ -43,13 +42,12 @@ class SamplingParams:
     min_p: float = 0.0
     num_samples: int = 1
     greedy: bool = False
-    stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature > 0, "above 0 (for the likeliest token use greedy)"),
+            ("temperature", self.temperature > 0, "above 0"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
@@ -230,8 +228,3 @@ def _crop(value: Any, width: int) -> Any:
 def by_length(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
     """Row numbers in groups of at most ``size`` rows [B, T] of similar length, the longest first."""
     return attention_mask.sum(1).argsort(descending=True, stable=True).split(size)
-
-
-def unpad(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
-    """The real tokens of each row of a batch [B, T] padded on either side, as engines want their prompts."""
-    return [ids[mask].tolist() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]

@@ -1,6 +1,5 @@
 """Checkpoints: ``last.ckpt`` to go on from, and named ones for the lab; a file is whole or not there."""
 
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -8,14 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_align.errors import UserError
 from lightning_align.run.directory import CHECKPOINTS, LAST, RunDirectory
+from lightning_align.run.files import replacing
 from lightning_align.run.logging import FileLogger
 from lightning_align.run.resume import BoundaryCallback
 from lightning_align.run.signals import Interrupted, StopRequest
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and waits for the disk; Lightning writes to ``$TMPDIR`` and copies."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # type: ignore[override]
+        """A killed process leaves the old file or the new one."""
+        with replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
 
 
 class RunCheckpoints(BoundaryCallback, Checkpoint):
@@ -64,6 +74,10 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         self._rewind = state_dict["files"]
         self._step = self._saved = state_dict["step"]
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the trainer write files our way."""
+        trainer.strategy.checkpoint_io = WholeFiles()
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Data and models are good: now the run may write."""
         if trainer.is_global_zero:
@@ -108,7 +122,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         if self.run.opened:
             stopped = isinstance(exception, Interrupted)
             error = None if stopped else f"{type(exception).__name__}: {exception}"
-            self.run.update(status="interrupted" if stopped else "failed", step=self._step, error=error)
+            self.run.end(status="interrupted" if stopped else "failed", step=self._step, error=error)
 
     def _save_labelled(self, trainer: Trainer) -> None:
         label = self.label()
@@ -122,13 +136,8 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
             self.run.update(step=self._step)
 
     def _save(self, trainer: Trainer, name: str, *, weights_only: bool = False) -> None:
-        """Write under another name, then rename: a killed process leaves the old file or the new one."""
-        path = self.run.path / CHECKPOINTS / name
-        temporary = path.with_name(f".{name}.tmp")
-        trainer.save_checkpoint(temporary, weights_only=weights_only)
-        if trainer.is_global_zero:
-            os.replace(temporary, path)
-        trainer.strategy.barrier("checkpoint")
+        self.files.sync()  # a checkpoint knows how many rows there are
+        trainer.save_checkpoint(self.run.path / CHECKPOINTS / name, weights_only=weights_only)
 
 
 def check_checkpoint(path: Path, *, to_train: bool = True) -> None:

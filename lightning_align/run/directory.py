@@ -1,21 +1,20 @@
 """The run directory: created last of all, never overwritten by accident, always saying what state the run is in."""
 
+import contextlib
+import errno
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import psutil
-
-import lightning_align
 from lightning_align.errors import UserError
+from lightning_align.run.environment import git_commit, hardware, versions
+from lightning_align.run.files import write_atomically, writing
+from lightning_align.run.lock import LOCK_FILE, take_lock
 
 STATUS_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -24,12 +23,13 @@ SAMPLES_FILE = "samples.jsonl"
 CHECKPOINTS = "checkpoints"
 LAST = "last.ckpt"
 MODEL = "model"
-
-_VERSIONED = ("torch", "lightning", "transformers", "tokenizers", "datasets", "jsonargparse", "numpy", "wandb")
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)  # what renaming a folder onto another that is not empty gives
 
 
 class RunDirectory:
     """``root/name``. The constructor and :meth:`check` touch nothing; :meth:`open` writes, once all else is good.
+
+    From :meth:`hold` or :meth:`open` to :meth:`close` no other process can resume or overwrite it.
 
     Args:
         root: Folder that holds all runs.
@@ -45,6 +45,7 @@ class RunDirectory:
         self.resume = resume
         self.overwrite = overwrite
         self._facts: dict[str, Any] = {}
+        self._lock: IO[bytes] | None = None
         self._made: list[Path] = []  # the folders above it that :meth:`open` made, innermost first
         self._started = time.monotonic()
         self._earlier_seconds = 0.0
@@ -101,26 +102,77 @@ class RunDirectory:
             "hardware": hardware(),
         }
         try:
-            if self.path.exists() and not self.overwrite:
+            if self.resume:
+                self.hold()
                 self._write(self.path, config)
             else:
                 self._create(config)
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._facts = {}
+            self.close()
+            refusal = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(refusal, OSError) or refusal.errno in OCCUPIED:
+                raise
             raise UserError(
-                f"cannot write the run directory {self.path}: {error.strerror} (change --run.root)"
+                f"cannot write the run directory {self.path}: {refusal.strerror} (change --run.root)"
             ) from error
 
+    def hold(self) -> None:
+        """Keep other processes out of a run that is there; :class:`UserError` if one is in it."""
+        if self._lock is None and self.path.exists():
+            self._lock = self._take(self.path)
+
+    def close(self) -> None:
+        """Let other processes in; a process that dies does so by itself."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take(self, folder: Path) -> IO[bytes]:
+        with writing(folder / LOCK_FILE):
+            lock = take_lock(folder)
+        if lock is None:
+            raise UserError(
+                f"the run {self.path} is going on in another process: wait for it or stop it, or give another "
+                "--run.name"
+            )
+        return lock
+
     def _create(self, config: str) -> None:
-        """A new directory appears whole and an old one goes whole: a process killed here leaves no half of a run."""
+        """A new directory appears whole and an old one goes whole: a process killed here leaves no half of a run.
+
+        Of several processes that come at once, one holds the lock of the new directory, which moves with it.
+        """
         new, old = (self.path.with_name(f".{self.path.name}.{what}") for what in ("new", "old"))
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self._write(new, config)
-        if self.path.exists():
-            os.replace(self.path, old)
-        os.replace(new, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        if self.overwrite:
+            self.hold()
+        new.mkdir(parents=True, exist_ok=True)
+        lock = self._take(new)
+        try:
+            for leftover in (*new.iterdir(), old):
+                if leftover.name != LOCK_FILE:
+                    _remove(leftover)
+            self._write(new, config)
+            if self.overwrite and self.path.exists():
+                os.replace(self.path, old)
+            self._move(new)
+        except BaseException:
+            _remove(new)
+            lock.close()
+            raise
+        _remove(old)
+        self.close()
+        self._lock = lock
+
+    def _move(self, new: Path) -> None:
+        try:
+            os.replace(new, self.path)
+        except OSError as error:
+            if error.errno in OCCUPIED:
+                raise UserError(
+                    f"another process has just begun the run {self.path}: give another --run.name"
+                ) from error
+            raise
 
     def _write(self, folder: Path, config: str) -> None:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -131,9 +183,10 @@ class RunDirectory:
         """Remove a new directory that holds nothing but what :meth:`open` wrote; returns whether it did."""
         if not self.opened or self.resume or any((self.path / CHECKPOINTS).iterdir()):
             return False
-        if {child.name for child in self.path.iterdir()} != {CONFIG_FILE, STATUS_FILE, CHECKPOINTS}:
+        if {child.name for child in self.path.iterdir()} != {CONFIG_FILE, STATUS_FILE, CHECKPOINTS, LOCK_FILE}:
             return False
         shutil.rmtree(self.path)
+        self.close()
         for parent in self._made:
             if not any(parent.iterdir()):
                 parent.rmdir()
@@ -145,6 +198,15 @@ class RunDirectory:
         self._facts |= facts
         self._update(self.path)
 
+    def end(self, **facts: Any) -> None:
+        """:meth:`update` where the run failed. A full disk has room for it in the old file at least."""
+        try:
+            self.update(**facts)
+        except UserError:
+            with contextlib.suppress(OSError), (self.path / STATUS_FILE).open("r+b") as file:
+                file.write(self._text().encode())
+                file.truncate()
+
     def _update(self, folder: Path) -> None:
         session = time.monotonic() - self._started
         self._facts["updated"] = _now()
@@ -152,7 +214,10 @@ class RunDirectory:
             "session_seconds": round(session, 3),
             "total_seconds": round(self._earlier_seconds + session, 3),
         }
-        write_atomically(folder / STATUS_FILE, json.dumps(self._facts, indent=2) + "\n")
+        write_atomically(folder / STATUS_FILE, self._text())
+
+    def _text(self) -> str:
+        return json.dumps(self._facts, indent=2) + "\n"
 
     @property
     def opened(self) -> bool:
@@ -160,11 +225,11 @@ class RunDirectory:
         return bool(self._facts)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -201,6 +266,23 @@ def find_parents(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(parents.values())
 
 
+def check_parents(run: Path, parents: list[dict[str, Any]]) -> None:
+    """Raise :class:`UserError` if a run that ``run`` began from has been replaced since.
+
+    Args:
+        run: A run directory, about to be resumed.
+        parents: What :func:`find_parents` finds now.
+    """
+    before = {(parent["option"], parent["run"]): parent["created"] for parent in read_status(run).get("parents", [])}
+    for parent in parents:
+        created = before.get((parent["option"], parent["run"]))
+        if created is not None and created != parent["created"]:
+            raise UserError(
+                f"{parent['run']} was replaced since {run} began: it was created {created}, what lies there now "
+                f"{parent['created']}; resuming would mix the two: give --overwrite or another --run.name"
+            )
+
+
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted name and value of every string in nested mappings and lists."""
     if isinstance(node, Mapping):
@@ -211,50 +293,6 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}[{index}]")
     elif isinstance(node, str):
         yield prefix, node
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of what it stands on."""
-    found = {"python": platform.python_version(), "lightning_align": lightning_align.__version__}
-    for name in _VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """What the run had at its disposal."""
-    import torch
-
-    return {
-        "machine": platform.machine(),
-        "cpu_cores": len(psutil.Process().cpu_affinity()) if platform.system() == "Linux" else psutil.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-    }
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package lies in, with ``+changes`` when it is dirty; None outside a checkout."""
-    folder = Path(lightning_align.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    # an installed package inside somebody else's repository is not described by that repository's commit
-    if commit is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
 
 
 def _now() -> str:

@@ -1,6 +1,7 @@
 """Where metrics and samples go: ``metrics.csv`` and ``samples.jsonl`` always, Weights & Biases as a mirror."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_align.run.directory import METRICS_FILE, SAMPLES_FILE
+from lightning_align.run.files import replacing, sync, write_atomically, writing
 
 WandbMode = Literal["offline", "online", "disabled"]
 WANDB_TIMEOUT = 30.0  # seconds to wait for a server before going on without it
@@ -69,6 +71,13 @@ class FileLogger(RunLogger):
         return {"metrics": self._rows, "samples": self._sample_rows}
 
     @rank_zero_only
+    def sync(self) -> None:
+        """Wait until every row is on disk, also after a power cut."""
+        for path in (self._metrics, self._samples):
+            if path.exists():
+                sync(path)
+
+    @rank_zero_only
     def rewind(self, state: Mapping[str, int]) -> None:
         """Cut both files back to what they held when ``state`` was taken."""
         header, rows = read_table(self._metrics)
@@ -86,7 +95,8 @@ class FileLogger(RunLogger):
         )
         self._sample_rows = len(lines)
         if lines:
-            _replace(self._samples, b"".join(lines))
+            with replacing(self._samples) as file:
+                file.write(b"".join(lines))
         else:
             self._samples.unlink(missing_ok=True)
 
@@ -100,7 +110,7 @@ class FileLogger(RunLogger):
             self._columns = _ordered({*self._columns, *row})
             self._rewrite([*rows, row])
         else:
-            with self._metrics.open("a", newline="", encoding="utf-8") as file:
+            with writing(self._metrics), self._metrics.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
         self._rows += 1
 
@@ -108,7 +118,7 @@ class FileLogger(RunLogger):
     def log_samples(self, rows: Sequence[Mapping[str, Any]], *, step: int) -> None:
         """Append one JSON line per sample; not-a-number is written as null."""
         self._samples.parent.mkdir(parents=True, exist_ok=True)
-        with self._samples.open("a", encoding="utf-8") as file:
+        with writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps({"step": step, **_jsonable(row)}, ensure_ascii=False, allow_nan=False) + "\n")
         self._sample_rows += len(rows)
@@ -119,12 +129,11 @@ class FileLogger(RunLogger):
 
     def _rewrite(self, rows: Sequence[Mapping[str, str]]) -> None:
         self._metrics.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._metrics.with_name(f".{self._metrics.name}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self._metrics)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self._metrics, text.getvalue())
 
 
 class WandbMirror(RunLogger):
@@ -271,9 +280,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

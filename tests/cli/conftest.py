@@ -47,6 +47,10 @@ SHORT: dict[str, list[str]] = {
         *("--data.playground.size=40", "--data.max_length=64", "--data.batch_size=16"),
         "--data.val_path=preference.jsonl",
     ],
+    "dpo": [
+        *("--data.playground.size=40", "--data.max_length=64", "--data.batch_size=16"),
+        "--data.val_path=preference.jsonl",
+    ],
     "ppo": [
         *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6", "--model.num_ppo_epochs=1"),
         *("--data.playground.size=40", "--data.batch_size=8", "--data.val_path=prompt.jsonl"),
@@ -158,7 +162,7 @@ class Desk:
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """The folder, with runs ``pretrain``, ``sft``, ``reward`` and ``ppo``."""
+    """The folder, with runs ``pretrain``, ``sft``, ``reward``, ``dpo`` and ``ppo``."""
     torch.set_num_threads(1)
     desk = Desk(tmp_path_factory.mktemp("desk"))
     for name in SHORT:

@@ -1,6 +1,7 @@
 """Models, rewards, runs and checkpoints that cannot be used: one line, exit code 2, nothing left behind."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from lightning_align.playground import records
+from lightning_align.run.directory import RunDirectory
 
 REWARDS = """
 def raises(completions):
@@ -67,8 +71,15 @@ def without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 DAMAGES: dict[Callable[[Path], None], str] = {
-    without_weights: "broken: there is no model.safetensors in broken (pickled weights are not read)",
+    without_weights: "broken: there is no model.safetensors in broken: restore it",
+    pickled_weights: "broken: there is no model.safetensors in broken: the weights there are pickled, which can run "
+    "code, and are not read: where you trust them, load them with transformers' from_pretrained and write them with "
+    "save_pretrained",
     cut_weights: "broken: the model cannot be loaded: Error while deserializing header: incomplete metadata, file not "
     "fully covered",
     without_tokenizer: "broken: there is no tokenizer (tokenizer.json) in broken",
@@ -84,6 +95,8 @@ def test_model_folders(scratch: Any, make_model: Any, make_tokenizer: Any, damag
     damage(scratch.root / "broken")
     line = scratch.refused(*scratch.fit_words("sft"), "--run.name=new", "--model.model=broken")
     assert line == DAMAGES[damage]
+    if damage is not cut_weights:  # what can be known without loading weights, the plan knows
+        assert scratch.refused(*scratch.fit_words("sft"), "--model.model=broken", "--dry-run") == line
 
 
 def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_told(
@@ -96,7 +109,7 @@ def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_told(
     )
     make_model(scratch.root / "padless", tokenizer=make_tokenizer(template=None, pad=None))
     # most pre-trained models have no pad token, so that is said and worked around
-    with pytest.warns(UserWarning, match="padless: its tokenizer has no pad token; EOS is used"):
+    with pytest.warns(UserWarning, match=r"padless: its tokenizer has no pad token; EOS is used .* exported"):
         scratch.done(*words, "padless")
 
 
@@ -180,7 +193,23 @@ def test_reward_functions(scratch: Any, function: str, line: str) -> None:
         ("reward=none.py:f", "reward none.py:f: there is no file none.py"),
         (
             "reward={a: {source: playground, wieght: 1}}",
-            "reward part 'a' has an unknown key 'wieght': it takes source and",
+            "reward part 'a' has an unknown key 'wieght'; did you mean 'weight'? (it takes source, weight,",
+        ),
+        (
+            "reward={combine: gate, parts: {helpfulness: runs/reward}}",
+            "reward combine gate chooses between helpfulness and safety, but no part safety counts",
+        ),
+        (
+            "reward={combine: uow, parts: {a: runs/reward, b: playground}}",
+            "reward has combine 'uow'; did you mean 'uwo'? (there are sum, min, mean, uwo, gate)",
+        ),
+        (
+            "reward={combine: min, parts: {a: runs/reward, b: playground}}",
+            "reward combine min compares scores of different scales: give standardise true, or assume_comparable",
+        ),
+        (
+            "reward={a: {source: [runs/reward, none/here], combine: uwo}}",
+            "none/here",
         ),
         ("reward=[1]", "model.reward is [1]: give a text or a mapping"),
         (
@@ -191,6 +220,12 @@ def test_reward_functions(scratch: Any, function: str, line: str) -> None:
 )
 def test_rewards(desk: Any, option: str, line: str) -> None:
     assert desk.refused(*desk.fit_words("ppo"), "--run.name=new", f"--model.{option}").startswith(line)
+
+
+def test_a_reward_file_that_is_not_there_is_found_out_by_the_plan(desk: Any) -> None:
+    line = "reward none.py:score: there is no file none.py"
+    for option in ("reward=none.py:score", "gold=none.py:score", "reward={a: playground, b: none.py:score}"):
+        assert desk.refused(*desk.fit_words("ppo"), f"--model.{option}", "--dry-run") == line
 
 
 # ------------------------------------------------------------------------------------------ runs and checkpoints
@@ -243,6 +278,74 @@ def test_rewards(desk: Any, option: str, line: str) -> None:
 )
 def test_runs(desk: Any, words: list[str], line: str) -> None:
     assert desk.refused(*desk.fit_words("sft"), *words).startswith(line)
+
+
+def test_a_run_is_not_resumed_on_another_start_than_it_began_with(scratch: Any) -> None:
+    scratch.fit("pretrain", "start")
+    scratch.fit("sft", "next", "--model.model=runs/start")
+    before = scratch.status("start")["created"]
+    scratch.done("fit", "--resume", "--run.name=start", "--trainer.max_steps=4")
+    scratch.done("fit", "--resume", "--run.name=next", "--trainer.max_steps=4")  # the start is still the same run
+    scratch.fit("pretrain", "start", "--overwrite")
+    assert scratch.refused("fit", "--resume", "--run.name=next", "--trainer.max_steps=5") == (
+        f"runs/start was replaced since runs/next began: it was created {before}, what lies there now "
+        f"{scratch.status('start')['created']}; resuming would mix the two: give --overwrite or another --run.name"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_a_run_that_is_going_on_is_left_alone(desk: Any, flag: str) -> None:
+    run = RunDirectory(desk.root / "runs", "sft")
+    run.hold()
+    try:
+        assert desk.refused(*desk.fit_words("sft"), "--run.name=sft", flag) == (
+            "the run runs/sft is going on in another process: wait for it or stop it, or give another --run.name"
+        )
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize(("room", "file"), [(60_000, "checkpoints/last.ckpt"), (100, "")])
+def test_a_full_disk(scratch: Any, room: int, file: str) -> None:
+    """Files may not grow beyond ``room`` bytes, as if the disk were full; what a run needs to say so is smaller."""
+    before, limits = scratch.files(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        answer = scratch.run(*scratch.fit_words("sft"), "--run.name=full", "--run.checkpoint_every=2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (answer.code, "Traceback" in answer.err) == (2, False)
+    last = answer.err.splitlines()[-1]
+    assert not [path for path in scratch.files() if path.endswith((".tmp", ".new"))]
+    if not file:
+        assert last == "error: cannot write the run directory runs/full: File too large (change --run.root)"
+        assert scratch.files() == before
+        return
+    assert last == (
+        f"error: cannot write runs/full/{file}: File too large; make room or mend this, then go on with --resume"
+    )
+    assert scratch.status("full")["status"] == "failed"
+    scratch.done("fit", "--resume", "--run.name=full")
+    assert scratch.metrics("full") == scratch.metrics("sft")
+
+
+@pytest.mark.parametrize("config", ["sft", "ppo"])
+def test_a_run_is_not_resumed_on_other_records_under_the_same_name(scratch: Any, config: str) -> None:
+    rows = records("sft" if config == "sft" else "prompt", size=40)
+    rows = [{**row, "note": "old"} for row in rows] if config == "ppo" else rows
+    scratch.write("own.jsonl", rows)
+    further = ["--model.reward=playground"] if config == "ppo" else []
+    scratch.done(*scratch.fit_words_on("own.jsonl", config), "--run.name=new", *further)
+    longer = "--model.iterations=3" if config == "ppo" else "--trainer.max_steps=4"
+    # one record takes the place of another, or a field that only a reward could read changes: as many as before
+    changed = [*rows[:5], {**rows[5], "note": "new"} if config == "ppo" else rows[4], *rows[6:]]
+    scratch.write("own.jsonl", changed)
+    assert scratch.refused("fit", "--resume", "--run.name=new", longer) == (
+        "own.jsonl gives other training data than the run began with (its records, or how the tokenizer reads them, "
+        "have changed): restore them, or give --overwrite or another --run.name"
+    )
+    scratch.write("own.jsonl", rows)
+    scratch.done("fit", "--resume", "--run.name=new", longer)
 
 
 def test_a_directory_that_cannot_be_written(desk: Any) -> None:

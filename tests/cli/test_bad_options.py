@@ -54,6 +54,32 @@ UNUSABLE: dict[str, tuple[str, list[str], str]] = {
         "data.eval_batch_size is many: give a whole number or null",
     ),
     "truth value": ("sft", ["--data.shuffle=perhaps"], "data.shuffle is perhaps: give true or false"),
+    "objective": (
+        "reward",
+        ["--model.objective=plackett"],
+        "model.objective is plackett: give one of bradley_terry, plackett_luce, squared_error, huber; did you "
+        "mean 'plackett_luce'?",
+    ),
+    "smoothing of a ranking": (
+        "reward",
+        ["--model.objective=plackett_luce", "--model.label_smoothing=0.1"],
+        "model.label_smoothing is 0.1: give 0 with objective plackett_luce",
+    ),
+    "centring of scores": (
+        "reward",
+        ["--model.objective=huber", "--model.center_rewards_coefficient=0.1"],
+        "model.center_rewards_coefficient is 0.1: give 0 with objective huber",
+    ),
+    "ties of a ranking": (
+        "reward",
+        ["--model.objective=plackett_luce", "--data.ties=davidson"],
+        "data.ties is davidson, which RewardModule cannot learn here: give drop, soft",
+    ),
+    "kind of records": (
+        "reward",
+        ["--model.objective=huber", "--data.kind=ranked"],
+        "data.kind is ranked, but the model learns from scored records: leave data.kind out",
+    ),
     "config that is none": ("sft", ["--config=none.yaml"], "none.yaml does not exist (--config)"),
     "wrong data class": (
         "sft",
@@ -140,6 +166,7 @@ RANGES: dict[str, dict[str, str]] = {
         **{"model.iterations=0": "0: give at least 1", "model.num_ppo_epochs=0": "0: give at least 1"},
         **{"model.num_mini_batches=0": "0: give at least 1", "model.micro_batch_size=0": "0: give at least 1"},
         **{"model.samples_per_prompt=0": "0: give at least 1", "model.ptx_batch_size=0": "0: give at least 1"},
+        "model.rollout_batch_size=0": "0: give at least 1",
         "model.eval_every=-1": "-1: give a number of iterations, or 0 for never",
         "model.stop_at_kl=0": "0.0: give a KL above 0 in nats, or null",
         **{"model.value_lr=-1": "-1.0: give 0 or more", "model.kl_coef=-1": "-1.0: give 0 or more"},
@@ -153,7 +180,7 @@ RANGES: dict[str, dict[str, str]] = {
         "model.target_kl_update=0": "0.0: give a KL above 0",
         "model.missing_eos_penalty=0": "0.0: it is subtracted, so give one above 0",
         "model.max_new_tokens=0": "0: must be at least 1",
-        "model.temperature=0": "0.0: must be above 0 (for the likeliest token use greedy)",
+        "model.temperature=0": "0.0: must be above 0",
         **{
             "model.top_k=-1": "-1: must be 0 (all tokens) or more",
             "model.top_p=2": "2.0: must be above 0 and at most 1",

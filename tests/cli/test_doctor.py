@@ -11,7 +11,7 @@ from lightning_align.cli import doctor
 def test_report_and_self_test(desk: Any) -> None:
     answer = desk.done("doctor")
     assert answer.err == ""
-    for part in ("versions", "machine", "extras", "self-test"):
+    for part in ("versions", "machine", "extras", "kernels", "self-test"):
         assert f"\n{part}\n" in f"\n{answer.out}"
     assert torch.__version__ in answer.out
     assert answer.out.count("ok (largest difference") == 2
@@ -32,6 +32,15 @@ def test_a_failed_check_is_said_and_is_the_exit_code(desk: Any, monkeypatch: pyt
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "triton          missing: pip install 'lightning-align[gpu]' (fused GPU kernels)" in doctor._extras()
+
+
+def test_which_kernels_run_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align_kernels._dispatch.ENVIRONMENT", "auto,gae=reference")
+    lines = doctor._kernels()
+    assert "gae                    reference" in lines
+    assert any(line.startswith("linear_token_logprobs  ") for line in lines)
+    if not torch.cuda.is_available():
+        assert "no triton: there are no Triton kernels for cpu tensors" in lines
 
 
 def test_unknown_option(desk: Any) -> None:

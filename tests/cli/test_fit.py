@@ -1,6 +1,7 @@
 """``fit``, ``validate`` and ``test``: what they print, write and repeat."""
 
 import csv
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 PARENTS = {"pretrain": set(), "sft": {"runs/pretrain"}, "reward": {"runs/sft"}, "ppo": {"runs/sft", "runs/reward"}}
-FILES = {"checkpoints", "config.yaml", "metrics.csv", "model", "run.json"}
+FILES = {".lock", "checkpoints", "config.yaml", "metrics.csv", "model", "run.json"}
 
 
 # ------------------------------------------------------------------------------------------------------- help
@@ -57,7 +58,8 @@ def test_a_run_leaves_what_is_documented_and_says_little(scratch: Any, name: str
     answer = scratch.done(*words, "--run.name=new")
     run = scratch.root / "runs" / "new"
     online = name == "ppo"
-    assert {path.name for path in run.iterdir()} == FILES | ({"samples.jsonl"} if online else set())
+    further = {"ppo": {"samples.jsonl"}, "reward": {"reliability.png"}}.get(name, set())
+    assert {path.name for path in run.iterdir()} == FILES | further
     assert scratch.status("new")["status"] == "finished"
     assert {parent["run"] for parent in scratch.status("new")["parents"]} == PARENTS[name]
     report = scratch.status("new")["data"]  # what was printed of the data is kept
@@ -72,6 +74,16 @@ def test_a_run_leaves_what_is_documented_and_says_little(scratch: Any, name: str
     auto_class = AutoModelForSequenceClassification if name == "reward" else AutoModelForCausalLM
     model, tokenizer = (cls.from_pretrained(run / "model") for cls in (auto_class, AutoTokenizer))
     assert model.config.vocab_size == len(tokenizer)
+
+
+def test_a_fit_without_validation_and_with_recomputed_activations_warns_of_nothing(
+    scratch: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    words = [*scratch.fit_words_on("sft.jsonl", "sft"), "--data.val_fraction=0", "--model.gradient_checkpointing=true"]
+    answer = scratch.done(*words, "--trainer.val_check_interval=2", "--run.name=new")
+    assert answer.err == "finished: runs/new (model in runs/new/model)\n"
+    assert [str(warning.message) for warning in recwarn] == []
+    assert "no records are held out" in answer.out
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "ppo"])
@@ -89,8 +101,21 @@ def test_dry_run_says_the_plan_and_leaves_nothing(desk: Any) -> None:
         answer = desk.done(*desk.fit_words(name), "--run.name=new", "--dry-run")
         assert desk.files() == before
         assert re.search(r"^parameters +.*0\.0\d M", answer.out, re.M)
+        assert bool(re.search(r"^ +parameters .*, sampler \d+ MiB, ", answer.out, re.M)) is (name == "ppo")
         assert answer.err == ""
     assert desk.done(*desk.fit_words("sft"), "--run.name=sft", "--dry_run").code == 0  # of a run that exists, too
+
+
+def test_pre_1_the_plan_does_not_promise_packing_that_the_model_cannot_do(
+    scratch: Any, make_model: Any, make_tokenizer: Any
+) -> None:
+    folder = scratch.root / "windowed"
+    make_model(folder, tokenizer=make_tokenizer(template=None))
+    words = [*scratch.fit_words("sft"), "--model.model=windowed", "--data.packing=bfd", "--dry-run"]
+    assert re.search(r"packing: bfd, \d+ rows", scratch.done(*words).out)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["chunked_attention"] * 2}))
+    assert re.search(r"packing: undone, as this model cannot .* each gets a row", scratch.done(*words).out)
 
 
 def test_options_of_the_playground_left_in_a_configuration_are_reported(scratch: Any) -> None:

@@ -20,6 +20,8 @@ def test_a_prompt_and_its_seed(desk: Any) -> None:
     assert len(first.out.split()) <= 4
     greedy = {desk.done(*MODEL, "--prompt", PROMPT, "--greedy").out for _ in range(2)}
     assert len(greedy) == 1
+    few = desk.done(*MODEL, "--prompt", PROMPT, "--seed=1", "--num_samples=3", "--rollout_batch_size=2").out
+    assert few.splitlines() == three
 
 
 @pytest.mark.parametrize("engine", ["static", "generate"])
@@ -64,7 +66,9 @@ def test_a_chat_template_is_applied_on_request(desk: Any) -> None:
             ["runs/sft", "--prompt=x", "--max_new_tokens=200"],
             "prompt 0 has 1 tokens; with max_new_tokens 200 that is 201, but the model has 96 positions: shorten the",
         ),
-        (["runs/sft", "--prompt=x", "--temperature=0"], "sampling: temperature is 0.0: must be above 0 (for the"),
+        (["runs/sft", "--prompt=x", "--temperature=0"], "--temperature is 0: give one above 0, or --greedy for the"),
+        (["runs/sft", "--prompt=x", "--temperature=-1"], "sampling: temperature is -1.0: must be above 0"),
+        (["runs/sft", "--prompt=x", "--rollout_batch_size=0"], "--rollout_batch_size is 0: give at least 1"),
         (["runs/sft", "--prompt=x", "--top_p=2"], "sampling: top_p is 2.0: must be above 0 and at most 1"),
         (["runs/sft", "--prompt=x", "--num_samples=0"], "sampling: num_samples is 0: must be at least 1"),
         (["runs/sft", "--prompt=x", "--temprature=1"], "unknown option --temprature=1; did you mean '--temperature'?"),

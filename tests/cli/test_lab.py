@@ -48,6 +48,30 @@ def written(folder: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------ what it does
+def test_aspects_of_several_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, slope in (("gate", 0.0), ("alone", -0.1)):
+        logger = FileLogger(Path(name))
+        for d in range(5):
+            aspects = {"helpfulness": 0.5 + 0.1 * d, "safety": 0.9 + slope * d}
+            row = {
+                "kl": float(d * d),
+                "proxy": float(d),
+                "gold": float(d),
+                **{f"gold_{k}": v for k, v in aspects.items()},
+            }
+            logger.log_metrics({f"eval/lab/{key}": value for key, value in row.items()}, step=d)
+    assert cli.run(["lab", "overopt", "gate", "--against", "alone", "--out", "figures"]) == 0
+    assert sorted(path.name for path in Path("figures").iterdir()) == ["aspects.json", "aspects.png", *FILES]
+    content = json.loads(Path("figures/aspects.json").read_text())
+    assert content["kl"] == 16
+    assert content["policies"]["alone"]["safety"]["score"] == pytest.approx(0.5)
+    assert "  alone: helpfulness 0.900, safety 0.500\n" in capsys.readouterr().out
+    assert cli.run(["lab", "overopt", "gate", "--aspects"]) == 0
+    assert cli.run(["lab", "overopt", str(run), "--aspects"]) == 2
+    assert not (run / "overopt.png").exists()
+    assert "has no eval/lab/gold_helpfulness" in capsys.readouterr().err
+
+
 def test_three_files_lie_in_the_run_and_the_finding_is_printed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["lab", "overopt", str(run)]) == 0
     assert written(run) == FILES

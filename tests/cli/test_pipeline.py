@@ -7,6 +7,7 @@ import pytest
 
 from lightning_align.cli import pipeline
 from lightning_align.errors import UserError
+from lightning_align.rewards.build import parse_reward
 
 FILE = """
 name: demo
@@ -21,6 +22,12 @@ stages:
     model.model: ${sft.model}
     model.reward: {gold: {source: playground, weight: 1.0}}
   picture: {lab: overopt, run: "${ppo.run}", out: "${pipeline.run}"}
+"""
+
+STAGE = """
+model: {class_path: PPOModule, init_args: {model: m, reward: playground}}
+data: {class_path: PromptDataModule, init_args: {path: data.txt}}
+trainer: {max_steps: 3}
 """
 
 
@@ -56,7 +63,7 @@ class Recorder:
 def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(FILE)
-    (tmp_path / "stage.yaml").write_text("trainer: {max_steps: 3}\ndata: {init_args: {path: data.txt}}\n")
+    (tmp_path / "stage.yaml").write_text(STAGE)
     (tmp_path / "data.txt").write_text("hello")
     recorder = Recorder()
     monkeypatch.setattr(pipeline, "run_child", recorder)
@@ -174,6 +181,103 @@ def test_bad_pipelines_are_refused_before_anything_runs(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "ppo.kl_coef=0.1"], "stage 'ppo': unknown option --kl_coef=0.1; did you mean '--model.kl_coef'?"),
+        (["--only", "ppo"], "stage 'ppo' needs stage 'sft', which has not run (runs/demo/sft): run that first"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_said_before_the_first_runs(
+    recorder: Recorder, words: list[str], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        pipeline.main([*ARGS, *words])
+    assert str(caught.value) == message
+    assert recorder.commands == []
+
+
 def test_missing_pipeline_file(recorder: Recorder) -> None:
     with pytest.raises(UserError, match=r"pipeline file none.yaml does not exist"):
         pipeline.main(["--config", "none.yaml"])
+
+
+# ------------------------------------------------------------------ members
+MEMBERS = """
+name: demo
+defaults: {seed_everything: 3}
+stages:
+  sft: {config: stage.yaml}
+  reward: {members: 3, config: stage.yaml, model.model: "${sft.model}"}
+  ppo:
+    config: stage.yaml
+    model.reward: {rm: {source: "${reward.models}", combine: uwo}, first: "${reward_1.model}"}
+  picture:
+    lab: overopt
+    run: ${ppo.run}
+    against: ["${ppo.run}", "${sft.run}"]
+    aspects: true
+    out: ${pipeline.run}
+"""
+
+
+def test_members_differ_in_their_seed_and_are_read_as_a_list(recorder: Recorder) -> None:
+    Path("p.yaml").write_text(MEMBERS)
+    assert pipeline.main([*ARGS, "--set", "reward.trainer.max_steps=7"]) == 0
+    _, *members, ppo, picture = recorder.commands
+    assert [words[words.index("--run.name") + 1] for words in members] == ["reward_1", "reward_2", "reward_3"]
+    for number, words in enumerate(members):
+        assert words[-3:] == [
+            f"--seed_everything={3 + 1000 * number}",
+            "--model.model=runs/demo/sft",
+            "--trainer.max_steps=7",
+        ]
+    (reward,) = (word for word in ppo if word.startswith("--model.reward="))
+    assert json.loads(reward.partition("=")[2]) == {
+        "rm": {"source": ["runs/demo/reward_1", "runs/demo/reward_2", "runs/demo/reward_3"], "combine": "uwo"},
+        "first": "runs/demo/reward_1",
+    }
+    assert picture[3:] == ["--against=runs/demo/ppo", "--against=runs/demo/sft", "--aspects", "--out=runs/demo"]
+    recorder.commands.clear()
+    assert pipeline.main([*ARGS, "--set", "reward.trainer.max_steps=7"]) == 0
+    assert recorder.commands == []
+    (Path("runs/demo/reward_2") / "run.json").write_text(json.dumps({"status": "failed"}))  # of one member alone
+    pipeline.main([*ARGS, "--set", "reward.trainer.max_steps=7"])
+    assert recorder.stages()[:2] == ["reward_2", "ppo"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("members: 3", "members: 1", "stage 'reward' has members 1: give a number of runs, at least 2"),
+        ("members: 3", "members: 3, seed_everything: x", "stage 'reward' has seed_everything 'x': give a whole number"),
+        ("${reward.models}", "${sft.models}", "${sft.models} needs an earlier stage 'sft' with 'members'"),
+        ("${reward.models}", "${reward.model}", "'reward' has 3 members; use ${reward.models}, or one of them: ${rewa"),
+        ("${reward_1.model}", "${reward_4.model}", "refers to 'reward_4', which is not an earlier stage; did you mean"),
+        (
+            "  reward:",
+            "  reward_2: {config: stage.yaml}\n  reward:",
+            "stage 'reward' has a member 'reward_2', which is a",
+        ),
+    ],
+)
+def test_mistakes_with_members(recorder: Recorder, before: str, after: str, message: str) -> None:
+    Path("p.yaml").write_text(MEMBERS.replace(before, after))
+    with pytest.raises(UserError) as caught:
+        pipeline.main(ARGS)
+    assert message in str(caught.value)
+    assert recorder.commands == []
+
+
+@pytest.mark.parametrize("name", ["ensemble", "llama2"])
+def test_the_playgrounds_own_pipelines_can_be_planned(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert pipeline.main(["--config", f"configs/playground/{name}.yaml", "--run.root", str(tmp_path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == {"ensemble": 10, "llama2": 8}[name]
+    for line in lines:
+        if "--model.reward=" in line:
+            spec = line.partition("--model.reward=")[2].split(" --")[0]
+            assert parse_reward(json.loads(spec) if spec.startswith("{") else spec)

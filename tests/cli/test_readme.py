@@ -16,6 +16,7 @@ from lightning_align.cli.build import BASES, AlignCLI, import_methods
 from lightning_align.cli.main import COMMANDS
 from lightning_align.cli.parsing import leaves, option_names
 from lightning_align.models.architecture import read_architecture
+from lightning_align.playground import records as made
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
@@ -39,6 +40,9 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
     records = {name: (scratch.root / f"{name}.jsonl").read_text() for name in ("text", "sft", "preference", "prompt")}
     for name, kind in (("my_text", "text"), ("demos", "sft"), ("my_records", "sft"), ("prompts", "prompt")):
         scratch.write(f"{name}.jsonl", records[kind])
+    judged = [row for aspect in ("helpfulness", "safety") for row in made("preference", size=60, aspect=aspect)]
+    scratch.write("both.jsonl", judged)
+    scratch.write("thumbs.jsonl", made("unpaired", size=16))
     sums = [{"question": f"What is {n} + 1 ?", "answer": f"#### {n + 1}"} for n in range(12)]
     content = "".join(json.dumps(row) + "\n" for row in sums).encode()
     (scratch.root / "gsm8k_train.jsonl.gz").write_bytes(gzip.compress(content))

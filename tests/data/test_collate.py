@@ -195,6 +195,47 @@ def test_rm_5_pairs_of_a_prompt_share_its_weight(make_tokenizer: Callable[..., P
     assert float(batch["pair_weight"].sum()) == pytest.approx(6)
 
 
+def test_answers_of_a_prompt_know_their_ranks_and_scores(
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+) -> None:
+    groups = groups_of(make_tokenizer("words"), "drop", MARGINS["none"])
+    batch = groups.collate([2, 1, 3], 4.0)
+    assert batch["group_rows"].tolist() == [[0, 1, 2, 3], [4, 5, -1, -1], [6, 7, -1, -1]]
+    assert batch["group_ranks"].tolist() == [[2, 1, 2, 3], [1, 2, 0, 0], [2, 1, 0, 0]]  # the last by its scores
+    assert batch["group_weight"].tolist() == [1, 2, 1]
+    assert batch["response_weight"].tolist() == [0.25] * 4 + [1] * 2 + [0.5] * 2
+    assert batch["score"].isnan().tolist() == [True] * 6 + [False] * 2
+    assert batch["score"][6:].tolist() == pytest.approx([0.1, 0.9])
+    nothing = groups.collate([], 4.0)
+    assert not nothing["group_weight"].any()
+    assert not nothing["response_weight"].any()
+
+
+def test_ranks_close_their_gaps_and_a_tied_pair_has_one(
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+) -> None:
+    records = [
+        {"prompt": "a :", "completions": [" cat", " dog", " bird"], "ranks": [7, 1, 7]},
+        {"prompt": "b :", "chosen": " cat", "rejected": " dog", "tie": True},
+    ]
+    table, _ = preference_table(make_tokenizer("words"), records, ["x", "y"], Limit(64, "truncate"), "rao_kupper")
+    assert table["rank"].tolist() == [2, 1, 2, 1, 1]
+    assert table["label"].tolist() == [1.0, 0.5, 1.0, 0.5]
+
+
+def test_scored_answers_are_alone_and_have_no_pairs(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    records = [
+        {"prompt": f"{name} :", "completion": " cat", "score": score} for name, score in (("a", 1.5), ("b", -2.0))
+    ]
+    table, counts = preference_table(make_tokenizer("words"), records, ["x", "y"], Limit(64, "truncate"), "drop")
+    assert counts.records == 2
+    batch = PreferenceGroups(table, pad_id=0, margins=MARGINS["small"]).collate([1, 0], 2.0)
+    assert batch["score"].tolist() == [-2.0, 1.5]
+    assert batch["response_weight"].tolist() == [1, 1]
+    assert len(batch["pair_weight"]) == 0
+    assert batch["group_rows"].tolist() == [[0], [1]]
+
+
 def test_soft_ties_are_half_labels(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
     tokenizer = make_tokenizer("words")
     groups = groups_of(tokenizer, "soft", MARGINS["large"])
@@ -262,4 +303,12 @@ def test_prompts_stay_plain(make_tokenizer: Callable[..., PreTrainedTokenizerBas
     assert batch == {
         "prompt_ids": [tokenizer(record["prompt"])["input_ids"] for record in (records[1], records[0], records[1])],
         "records": [records[1], records[0], records[1]],
+        "copy": [0, 0, 0],
     }
+
+
+def test_copies_of_a_prompt_are_numbered(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    records = [{"prompt": prompt} for prompt in ("cat", "dog", "cat", "cat dog", "cat", "dog")]
+    table, _ = prompt_table(make_tokenizer("words"), records, list("abcdef"), Limit(64, "truncate"))
+    assert PromptRows(table, records).collate([0, 1, 2, 3, 4, 5], 1.0)["copy"] == [0, 0, 1, 0, 2, 1]
+    assert PromptRows(table, records).collate([4, 2], 1.0)["copy"] == [2, 1]

@@ -315,6 +315,9 @@ def test_aspect_selects(module: Any, tmp_path: Path) -> None:
     datamodule = prepared(PreferenceDataModule(path=path, aspect="safety", val_fraction=0), module())
     assert len(datamodule.datasets["train"]) == 3
     assert datamodule.report.dropped == {"not of aspect safety": 3}
+    only = write(tmp_path / "b.jsonl", [{**pair, "aspect": "helpfulness"} for pair in pairs])
+    with pytest.raises(UserError, match="neither this record nor one of the other 5 is of aspect safety"):
+        prepared(PreferenceDataModule(path=only, aspect="safety", val_fraction=0), module())
     playground = PreferenceDataModule(path="playground", aspect="safety", playground={"size": 20})
     prepared(playground, module())
     assert {record["aspect"] for record in playground.splits.read("train").records} == {"safety"}
@@ -423,6 +426,9 @@ def test_options_of_the_command_line() -> None:
 # ---------------------------------------------------------------------- with Lightning
 class Recorder(L.LightningModule):
     """Remembers what it was given; asks for the number of steps before a checkpoint is restored, as schedules do."""
+
+    record_kind = None
+    tie_models = ()
 
     def __init__(self, own: Any) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_align.data.collate import Window
 from lightning_align.data.loader import EvalLoader, StreamLoader, TrainLoader, deal, epoch_order, grouped
 from lightning_align.errors import UserError
 
@@ -28,8 +29,8 @@ class Numbers:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def collate(self, elements: Sequence[int], window_weight: float) -> dict[str, Any]:
-        return {"elements": list(elements), "window_weight": window_weight}
+    def collate(self, elements: Sequence[int], window_weight: float, window: Window | None = None) -> dict[str, Any]:
+        return {"elements": list(elements), "window_weight": window_weight, "window": window}
 
 
 def endless(loader: TrainLoader) -> Iterator[dict[str, Any]]:
@@ -212,3 +213,20 @@ def test_deal_is_even(size: int, batch_size: int, world_size: int) -> None:
     assert all(len(step) == world_size for step in slots)
     assert sum(sizes) == size
     assert max(sizes) <= min(batch_size, min(sizes) + 1)
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_batch_knows_the_elements_of_its_step(limit: int | None) -> None:
+    loaders = [
+        TrainLoader(Numbers(23), batch_size=2, accumulate=3, world_size=2, rank=rank, seed=1, limit=limit)
+        for rank in range(2)
+    ]
+    ranks = [list(islice(loader, limit)) for loader in loaders]
+    for start in range(0, len(ranks[0]), 3):
+        step = [batches[start : start + 3] for batches in ranks]
+        every = sorted(element for batches in step for batch in batches for element in batch["elements"])
+        for batches in step:
+            own = [element for batch in batches for element in batch["elements"]]
+            for number, batch in enumerate(batches):
+                window = batch["window"]
+                assert (sorted(window.elements), window.own, window.first) == (every, own, number == 0)

@@ -13,14 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.losses.advantages import gae, gae_packed, shaped_rewards
+from align_kernels import gae
+from lightning_align.losses.advantages import shaped_rewards
 from lightning_align.losses.kl import KL_ESTIMATORS, kl_estimate, sequence_kl
 from lightning_align.losses.kl_control import AdaptiveKL
 from lightning_align.losses.masked import REDUCTIONS, masked_mean, masked_whiten
 from lightning_align.losses.policy import ppo_policy_loss
+from lightning_align.losses.preference import LOSSES, Pairs, accepted_options, kto, kto_z0
+from lightning_align.losses.ranking import plackett_luce_loss
 from lightning_align.losses.reward_metrics import accuracy, expected_calibration_error
 from lightning_align.losses.reward_model import preference_loss
+from lightning_align.losses.tie_models import davidson, rao_kupper
 from lightning_align.losses.value import value_loss
+from lightning_align.rewards.combination import Whitening, combine_members, gate
 
 FOLDER = Path(__file__).parent
 CASES: dict[str, Any] = json.loads((FOLDER / "golden.json").read_text())["cases"]
@@ -154,7 +159,7 @@ def test_gold_3_gae(layout: Layout) -> None:
         "dones_": ("mask", second | {"dones": layout.mask(inputs["dones"])}),
     }
     for prefix, (mask, options) in variants.items():
-        advantages, returns = gae(rewards, values, layout.mask(inputs[mask]), **options)
+        advantages, returns = gae(rewards, values, mask=layout.mask(inputs[mask]).bool(), **options)
         layout.check(advantages, outputs[prefix + "advantages"])
         layout.check(returns, outputs[prefix + "returns"])
 
@@ -162,8 +167,8 @@ def test_gold_3_gae(layout: Layout) -> None:
 def test_gold_3_gae_packed(dtype: torch.dtype) -> None:
     inputs, outputs = golden("gae_packed")
     rewards, values = (torch.tensor(inputs[key], dtype=dtype) for key in ("rewards", "values"))
-    advantages, returns = gae_packed(
-        rewards, values, torch.tensor(inputs["cu_seqlens"]), gamma=inputs["gamma"], lam=inputs["lam"]
+    advantages, returns = gae(
+        rewards, values, cu_seqlens=torch.tensor(inputs["cu_seqlens"]), gamma=inputs["gamma"], lam=inputs["lam"]
     )
     assert_golden(advantages, outputs["advantages"], dtype)
     assert_golden(returns, outputs["returns"], dtype)
@@ -258,12 +263,52 @@ def test_gold_3_kwise(dtype: torch.dtype) -> None:
     assert_golden(total / len(inputs["scores"]), outputs["loss"], dtype)
 
 
+def test_gold_3_rm_6_plackett_luce(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("plackett_luce")
+    best_first = inputs["scores"]
+    order = [2, 0, 3, 1]  # the responses stand in the batch as they come
+    rows = torch.tensor([[*range(len(order)), -1, -1]])
+    ranks = torch.tensor([[rank + 1 for rank in order] + [0, 0]])
+    scores = torch.tensor([*(best_first[rank] for rank in order), GARBAGE, GARBAGE, GARBAGE], dtype=dtype)
+    loss, metrics = plackett_luce_loss(scores, rows, ranks)
+    assert_golden(loss, outputs["loss"], dtype)
+    assert_golden(ratio(metrics["loss"]).to(dtype), outputs["loss"], dtype)
+
+
+def test_gold_3_rm_7_ties(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("ties")
+    delta = torch.tensor([inputs["r_i"], GARBAGE], dtype=dtype) - torch.tensor([inputs["r_j"], 0.0], dtype=dtype)
+    eta, kappa = torch.tensor(inputs["eta"], dtype=dtype), torch.tensor(inputs["nu"], dtype=dtype).log()
+    assert_golden(rao_kupper(delta, eta)[:, 0].exp(), outputs["rao_kupper"], dtype)
+    assert_golden(davidson(delta, kappa)[:, 0].exp(), outputs["davidson"], dtype)
+
+
 def test_gold_3_ece() -> None:
     inputs, outputs = golden("ece")
     delta = torch.tensor(inputs["deltas"], dtype=torch.float64)
     assert math.isclose(expected_calibration_error(delta), outputs["ece"], rel_tol=1e-10)
     assert math.isclose(accuracy(delta), outputs["accuracy"], rel_tol=1e-10)
     assert math.isclose(expected_calibration_error(delta.float()), outputs["ece"], rel_tol=1e-5)
+
+
+# ------------------------------------------------------------------ section 5
+def test_gold_3_comp_1_llama2_gate(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("llama2_gate")
+    helpfulness, safety = (torch.tensor([*inputs[key], math.nan], dtype=dtype) for key in ("help_raw", "safe_raw"))
+    is_safety = torch.tensor([*inputs["is_safety"], 0]).bool()
+    logits = gate(helpfulness, safety, is_safety, threshold=inputs["threshold"])
+    assert_golden(logits[:-1].sigmoid(), outputs["combined"], dtype)
+    white = Whitening("batch")(logits, torch.clone)
+    assert_golden(white[:-1], outputs["whitened"], dtype)
+    assert white[-1].isnan()
+
+
+def test_gold_3_comp_3_uwo(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("uwo")
+    members = torch.tensor(inputs["members"], dtype=dtype).T  # given by sequence
+    padded = torch.cat([members, members.new_full((1, members.shape[1]), math.nan)])
+    for how in ("mean", "min", "uwo"):
+        assert_golden(combine_members(padded, how, uwo_coef=inputs["lambda"]), outputs[how], dtype)
 
 
 def test_gold_3_whitened_advantages_feed_the_loss_unchanged_by_padding(layout: Layout) -> None:
@@ -273,16 +318,79 @@ def test_gold_3_whitened_advantages_feed_the_loss_unchanged_by_padding(layout: L
     mask = layout.mask(shaping["mask"])
     kl = kl_estimate(layout.values(shaping["logp"]), layout.values(shaping["ref_logp"]))
     rewards = shaped_rewards(kl, mask, torch.tensor(shaping["scores"], dtype=layout.dtype), kl_coef=shaping["beta"])
-    advantages, returns = gae(rewards, layout.values(estimates["values"]), mask)
+    advantages, returns = gae(rewards, layout.values(estimates["values"]), mask=mask.bool())
     white = masked_whiten(advantages, mask)
     plain = Layout(torch.float64, (0, 0))
     kl = kl_estimate(plain.values(shaping["logp"]), plain.values(shaping["ref_logp"]))
     rewards = shaped_rewards(
         kl, plain.mask(shaping["mask"]), torch.tensor(shaping["scores"], dtype=torch.float64), kl_coef=shaping["beta"]
     )
-    expected, targets = gae(rewards, plain.values(estimates["values"]), plain.mask(shaping["mask"]))
+    expected, targets = gae(rewards, plain.values(estimates["values"]), mask=plain.mask(shaping["mask"]).bool())
     layout.check(returns, targets.tolist())
     layout.check(white, masked_whiten(expected, plain.mask(shaping["mask"])).tolist())
     torch.testing.assert_close(
         masked_mean(white, mask).double(), torch.zeros((), dtype=torch.float64), atol=1e-6, rtol=0
     )
+
+
+# ------------------------------------------------------------------ section 8
+# golden names of losses that are settings of others
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cdpo": ("sigmoid", {"label_smoothing": 0.1}),
+    "robust": ("robust", {"label_smoothing": 0.1}),
+    "ipo_sum": ("ipo", {"ipo_average": False}),
+}
+DPO_KINDS = sorted(set(golden("dpo")[1]) - {"nll_chosen_token_mean"})
+
+
+def golden_pairs(dtype: torch.dtype) -> Pairs:
+    """The case's pairs, between pairs of anything."""
+    inputs, _ = golden("dpo")
+
+    def column(name: str) -> Tensor:
+        return torch.tensor([GARBAGE, *inputs[name], GARBAGE], dtype=dtype)
+
+    return Pairs(
+        column("chosen").requires_grad_(),
+        column("rejected").requires_grad_(),
+        column("len_c"),
+        column("len_r"),
+        column("ref_c"),
+        column("ref_r"),
+        torch.full((5,), GARBAGE, dtype=dtype),
+        torch.tensor(
+            [0.0, *(a - b for a, b in zip(inputs["s_c"], inputs["s_r"], strict=True)), 0.0], dtype=torch.float64
+        ).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("kind", DPO_KINDS)
+def test_gold_3_dpo_2(dtype: torch.dtype, kind: str) -> None:
+    inputs, outputs = golden("dpo")
+    name, options = SETTINGS.get(kind, (kind, {}))
+    beta = inputs["orpo_lambda"] if kind == "orpo" else inputs["beta"].get(kind, inputs["beta"]["default"])
+    given = {**inputs, **options, "beta": beta, "label_smoothing": options.get("label_smoothing", 0.0)}
+    loss, pairs = LOSSES[name], golden_pairs(dtype)
+    values = loss(pairs, **{option: given[option] for option in accepted_options(loss) if option in given})[1:-1]
+    assert_golden(values, outputs[kind]["per_pair"], dtype)
+    assert_golden(values.mean(), outputs[kind]["loss"], dtype)
+    if dtype == torch.float64:  # the finite differences are those of single pairs
+        values.sum().backward()
+        for side in ("chosen", "rejected"):
+            found = torch.tensor(outputs[kind][f"grad_{side}_fd"], dtype=dtype)
+            gradient = getattr(pairs, f"{side}_logp").grad[1:-1]
+            torch.testing.assert_close(gradient, found, rtol=2e-6, atol=2e-6)
+
+
+def test_gold_3_kto(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("kto")
+    ratio, mismatched = (torch.tensor(inputs[name], dtype=dtype) for name in ("logratio", "kl_logratio"))
+    label, count = torch.tensor(inputs["label"]), torch.tensor(len(inputs["kl_logratio"]))
+    weights = {"desirable_weight": inputs["w_desirable"], "undesirable_weight": inputs["w_undesirable"]}
+    for sign, z0_name, loss_name in ((1, "z0", "loss"), (-1, "z0_negated", "loss_negated")):
+        z0 = kto_z0(sign * mismatched.sum(), count)
+        assert_golden(z0, outputs[z0_name], dtype)
+        values = kto(ratio, label, z0, beta=inputs["beta"], **weights)
+        assert_golden(values.mean(), outputs[loss_name], dtype)
+        if sign == 1:
+            assert_golden(values, outputs["per_sample"], dtype)

@@ -91,6 +91,19 @@ def test_a_fall_from_the_start(make_curve: MakeCurve) -> None:
     assert "the model before training" in conclude(analysis).text
 
 
+def test_a_rise_within_noise_is_neither_claimed_nor_denied() -> None:
+    """A weak reward model's run: gold rises at first, though not beyond noise, and then falls to its floor."""
+    kl = [0.0, 0.68, 2.38, 4.29, 7.25, 11.96, 15.56, 18.46, 21.68, 27.91, 35.47, 39.19, 45.64, 52.51, 59.34, 60.98]
+    gold = [0.684, 0.798, 0.838, 0.777, 0.467, 0.238, 0.095, 0.024, -0.049, -0.071, -0.085, -0.084, -0.094, -0.081]
+    gold += [-0.084, -0.084]
+    rows = enumerate(zip(kl, gold, strict=True))
+    points = [Point(step, kl=x, proxy=x**0.5, gold=y, gold_se=0.06, proxy_se=0.06) for step, (x, y) in rows]
+    finding = conclude(analyse(Curve("measured", points)))
+    assert finding.kind == "falls later"
+    assert finding.headline == "The true score falls beyond KL 2.4, while the optimised reward keeps rising"
+    assert "above the start, but not beyond noise (+0.1" in finding.text
+
+
 # ------------------------------------------------------------------ the start
 def test_a_peak_near_the_start_is_not_taken_for_the_start() -> None:
     """A run that rises in its first evaluations: the fitted peak lies between the start and the best score."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_align.data.records import STRENGTHS
 from lightning_align.losses.reward_metrics import (
     accuracy,
     accuracy_by_strength,
@@ -18,11 +19,13 @@ from lightning_align.losses.reward_metrics import (
     expected_calibration_error,
     fit_temperature,
     kendall_tau,
-    length_correlation,
     pair_metrics,
+    regression_metrics,
     reliability_bins,
+    score_metrics,
+    spearman,
 )
-from lightning_align.losses.reward_model import preference_loss
+from lightning_align.losses.reward_model import preference_loss, regression_loss
 
 SMALL, LARGE = [1.0, 2 / 3, 1 / 3, 0.0], [3.0, 2.0, 1.0, 0.0]
 
@@ -145,6 +148,50 @@ def test_conv_9_a_batch_of_padding_rows_only() -> None:
     assert preference_loss(scores, none, none)[0] == 0
 
 
+def test_regression_by_squares_and_by_huber() -> None:
+    scores = torch.tensor([0.0, 1.5, -3.0, torch.nan], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0.5, 1.0, 1.0, 0.0], dtype=torch.float64)
+    weight = torch.tensor([1.0, 2.0, 0.5, 0.0])
+    error = [0.5, 0.5, 4.0]
+    squares, metrics = regression_loss(scores, targets, weight=weight)
+    assert float(squares.detach()) == pytest.approx(sum(w * e**2 / 2 for w, e in zip((1, 2, 0.5), error, strict=True)))
+    assert float(metrics["loss"][1]) == 3.5
+    assert ratio(metrics["mean_reward"]) == pytest.approx(-0.5)
+    for delta in (1.0, 0.25):
+        huber, _ = regression_loss(scores, targets, weight=weight, delta=delta)
+        costs = [e**2 / 2 if e <= delta else delta * (e - delta / 2) for e in error]
+        expected = sum(w * cost for w, cost in zip((1, 2, 0.5), costs, strict=True))
+        assert float(huber.detach()) == pytest.approx(expected)
+        (gradient,) = torch.autograd.grad(huber, scores)
+        assert gradient[3] == 0
+        assert gradient[2].abs() == pytest.approx(0.5 * delta)  # an outlier pulls no harder
+    assert regression_loss(scores[3:], targets[3:], weight=weight[3:])[0] == 0
+
+
+def test_metrics_of_a_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(50, dtype=torch.float64, generator=generator)
+    predicted = 0.8 * score + 0.3 + 0.1 * torch.randn(50, dtype=torch.float64, generator=generator)
+    used = torch.ones(50)
+    used[:5] = 0
+    parts = [
+        score_metrics(
+            predicted[rows],
+            {"score": score[rows], "response_weight": used[rows], "completion_mask": torch.ones(25, 4)},
+        )
+        for rows in (slice(0, 25), slice(25, 50))
+    ]
+    metrics = regression_metrics(parts)
+    error = (predicted - score)[5:]
+    assert metrics["mae"] == pytest.approx(float(error.abs().mean()))
+    assert metrics["rmse"] == pytest.approx(float((error**2).mean()) ** 0.5)
+    assert metrics["r2"] == pytest.approx(1 - float((error**2).mean() / score[5:].var(unbiased=False)))
+    from scipy.stats import spearmanr
+
+    assert metrics["spearman"] == pytest.approx(spearmanr(predicted[5:], score[5:]).statistic)
+    assert "length_correlation" not in metrics  # all lengths are equal
+
+
 def test_gradcheck() -> None:
     chosen, rejected = (x.requires_grad_() for x in random_scores())
     options = {"label_smoothing": 0.1, "center_coef": 0.01, "margin": torch.tensor(SMALL, dtype=torch.float64)}
@@ -195,18 +242,18 @@ def test_brier() -> None:
 
 def test_accuracy_by_strength_and_length() -> None:
     delta = torch.tensor([1.0, -1.0, 1.0, 0.0])
-    by = accuracy_by_strength(delta, torch.tensor([0, 0, 3, -1]))
+    by = accuracy_by_strength(delta, torch.tensor([0, 0, 3, -1]), STRENGTHS)
     assert by == {"significantly": (0.5, 2), "negligibly": (1.0, 1)}
     lengths = torch.tensor([10, 10, 100, 7]), torch.tensor([20, 11, 91, 7])
     assert accuracy_length_matched(delta, *lengths) == (0.5, 3)
 
 
-def test_length_correlation_is_spearmans_with_ties() -> None:
+def test_spearmans_correlation_with_ties() -> None:
     scores, lengths = torch.tensor([0.1, 0.5, 0.5, 2.0, -3.0]), torch.tensor([3, 5, 6, 6, 1])
     from scipy.stats import spearmanr
 
-    assert length_correlation(scores, lengths) == pytest.approx(spearmanr(scores, lengths).statistic)
-    assert math.isnan(length_correlation(torch.ones(4), torch.arange(4)))
+    assert spearman(scores, lengths) == pytest.approx(spearmanr(scores, lengths).statistic)
+    assert math.isnan(spearman(torch.ones(4), torch.arange(4)))
 
 
 def test_kendall_tau_is_a_mean_over_prompts() -> None:
@@ -232,9 +279,11 @@ def test_calibration_metrics_over_batches() -> None:
     one = pair_metrics(*responses([1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.5], [0, 1, 2]))
     two = pair_metrics(*responses([3.0, -1.0], [0.0, 2.0], [1.0, 1.0], [0, 0]))
     assert one["chosen"].tolist() == [1.0, 1.0]  # label 0 turns its pair round, the tie is left out
-    metrics = calibration_metrics([one, two])
+    metrics = calibration_metrics([one, two], STRENGTHS)
     assert metrics["accuracy"] == 0.75
-    assert metrics["kendall_tau"] == pytest.approx((1 + 1 + 0) / 3)  # groups of different batches are different prompts
+    assert metrics["rank/kendall_tau"] == pytest.approx(
+        (1 + 1 + 0) / 3
+    )  # groups of different batches are different prompts
     assert "length_correlation" not in metrics  # all lengths are equal
     assert "accuracy/better" not in metrics
-    assert calibration_metrics([pair_metrics(*responses([1.0], [0.0], [0.5], [0]))]) == {}
+    assert calibration_metrics([pair_metrics(*responses([1.0], [0.0], [0.5], [0]))], STRENGTHS) == {}

@@ -54,7 +54,7 @@ def turns(prompts, completions, **columns):
     return [float(len(answer["content"])) for (answer,) in completions]
 """
 # seventeen records in batches of eight: the last window of an epoch has one
-SIZES = {"text": 17, "sft": 17, "preference": 17, "prompt": 12}
+SIZES = {"text": 17, "sft": 17, "preference": 17, "ranked": 17, "scored": 17, "unpaired": 17, "prompt": 12}
 ALWAYS = {
     **{"seed_everything": 0, "run.wandb": "disabled", "run.checkpoint_every": 100},
     **{"trainer.accelerator": "cpu", "trainer.enable_progress_bar": False, "trainer.log_every_n_steps": 1},
@@ -187,6 +187,10 @@ class World:
         assert answer["code"] == code, f"{answer}\n{log.read_text()[-4000:]}"
         return Run(path)
 
+    def log(self, run: Run) -> str:
+        """What a forked run said."""
+        return (self.root / f"{run.path.name}.log").read_text()
+
 
 def start_driver() -> subprocess.Popen[str]:
     """The process that forks the children."""
@@ -236,6 +240,17 @@ def ppo_options() -> dict[str, Any]:
 
 
 @pytest.fixture
+def ppo(world: Any, ppo_options: dict[str, Any]) -> Callable[..., Any]:
+    """``ppo(**changes)``: a run of three iterations, with ``ready`` its module; model options without their prefix."""
+
+    def fit(*, ready: bool = False, **changes: Any) -> Any:
+        options = {**ppo_options, **{name if "." in name else f"model.{name}": v for name, v in changes.items()}}
+        return world.ready(options) if ready else world.fit(options)
+
+    return fit
+
+
+@pytest.fixture
 def experiences(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What every online iteration in this process learns from, as it happens."""
     seen: list[Any] = []
@@ -254,7 +269,8 @@ def gradients() -> Callable[[AlignModule, Tensor], dict[str, Tensor]]:
     """``gradients(module, loss)``: of everything that is trained, by name; zeros where there is none."""
 
     def compute(module: AlignModule, loss: Tensor) -> dict[str, Tensor]:
-        names, parameters = zip(*module.named_parameters(), strict=True)
+        learning = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        names, parameters = zip(*learning, strict=True)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return {
             name: torch.zeros_like(parameter) if gradient is None else gradient

@@ -5,6 +5,7 @@ One JSON object a line on standard input, one on standard output. A request has 
 
 - ``processes``: as many ranks;
 - ``breaks``: names of :data:`BREAKS`;
+- ``log_tokenising``: even small data are kept in the cache, and the log says which process tokenises;
 - ``stop_at``: SIGTERM to itself when that step is over;
 - ``die_at``: SIGKILL instead of that call of ``os.replace``, which is how every file is put into its place;
 - ``kill_after``: seconds until SIGKILL;
@@ -35,6 +36,8 @@ from torch import Tensor
 
 from lightning_align.cli import fit, main
 from lightning_align.cli.parsing import subclasses
+from lightning_align.data import cache
+from lightning_align.data.datamodules import BaseDataModule
 from lightning_align.data.loader import TrainLoader
 from lightning_align.methods.base import AlignModule
 from lightning_align.methods.online import OnlineModule
@@ -129,6 +132,21 @@ BREAKS: dict[str, Callable[[], None]] = {
 }
 
 
+def log_tokenising() -> None:
+    """Keep even small data in the cache, and say which process tokenises."""
+    cache.SMALLEST = 0
+
+    def watched(tabulate: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any) -> Any:
+            print(f"process {rank_zero_only.rank} tokenises", flush=True)
+            return tabulate(*arguments)
+
+        return wrapper
+
+    for datamodule in subclasses(BaseDataModule).values():
+        datamodule.tabulate = watched(datamodule.tabulate)
+
+
 def stop_at(step: int) -> None:
     """A SIGTERM that arrives exactly when ``step`` is over."""
     on_boundary = RunCheckpoints.on_boundary
@@ -166,6 +184,8 @@ def child(request: Mapping[str, Any], rank: int, environment: Mapping[str, str])
         rank_zero_only.rank = rank  # set when Lightning is imported, which was before there were ranks
         for name in request.get("breaks", ()):
             BREAKS[name]()
+        if "log_tokenising" in request:
+            log_tokenising()
         if "stop_at" in request:
             stop_at(request["stop_at"])
         if "die_at" in request:

@@ -62,7 +62,7 @@ def test_learning_rate_warms_up_then_follows_its_shape(schedule: Any, expected: 
     nn.Module.__init__(module)
     module.model = nn.Linear(2, 2)
     module.learning_rate, module.weight_decay = 1.0, 0.0
-    module.betas, module.adam_epsilon = (0.9, 0.999), 1e-8
+    module.optimizer_name, module.betas, module.adam_epsilon = "adamw", (0.9, 0.999), 1e-8
     module.lr_scheduler_type, module.warmup_ratio, module.min_lr_ratio = schedule, 2 / 6, 0.1
     module.total_steps = lambda: 6  # type: ignore[method-assign]
     built = module.configure_optimizers()

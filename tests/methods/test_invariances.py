@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_align.methods import dpo
 from lightning_align.models import heads, logprobs
+from lightning_align.playground import records
 
 DOUBLE = {"trainer.precision": "64-true"}
 TOLERANCE = 1e-6  # relative, in float64
@@ -29,11 +31,13 @@ class Method:
         options: Of a tiny run; ``@name`` is a file or run of the world.
         weighs: The tensor of a batch that says how much a row counts.
         packs: Whether rows may hold several documents.
+        smallest: Elements of the smallest micro-batch.
     """
 
     options: dict[str, Any]
     weighs: str
     packs: bool = False
+    smallest: int = 1
 
     @property
     def online(self) -> bool:
@@ -64,12 +68,23 @@ DROPOUT = {"model.dropout": 0.1}
 ADAPTIVE = {"model.kl_control": "adaptive", "model.kl_horizon": 40, "model.score_scaling": "running"}
 PTX = {"model.ptx_coef": 0.5, "model.ptx_path": "@text.jsonl", "model.ptx_batch_size": 4}
 UNPACKED = {"data.packing": "none"}
+LORA = {"model.lora_r": 4}
+# of pairs with a reference, and of the tokens of the better answers
+MIXED, KTO = {"model.loss_type": ["sigmoid", "orpo"]}, {"model.loss_type": "kto"}
+TIES = {"data.ties": "davidson"}
+RANKING = {"model.objective": "plackett_luce", "model.center_rewards_coefficient": 0.01, "data.ties": "soft"}
+SCORES = {"model.objective": "huber"}
 METHODS = {
     "pretrain": Method(
         offline("PretrainModule", "model.yaml", "TextDataModule", "text", **UNPACKED), "loss_weights", packs=True
     ),
     "sft": Method(offline("SFTModule", "pretrain", "SFTDataModule", "sft"), "loss_weights", packs=True),
-    "reward": Method(offline("RewardModule", "sft", "PreferenceDataModule", "preference"), "pair_weight"),
+    "reward": Method(offline("RewardModule", "sft", "PreferenceDataModule", "preference", **TIES), "pair_weight"),
+    "ranking": Method(offline("RewardModule", "sft", "PreferenceDataModule", "ranked", **RANKING), "group_weight"),
+    "scores": Method(offline("RewardModule", "sft", "PreferenceDataModule", "scored", **SCORES), "response_weight"),
+    "dpo": Method(offline("DPOModule", "sft", "PreferenceDataModule", "preference", **MIXED), "pair_weight"),
+    "dpo_lora": Method(offline("DPOModule", "sft", "PreferenceDataModule", "preference", **LORA), "pair_weight"),
+    "kto": Method(offline("DPOModule", "sft", "PreferenceDataModule", "unpaired", **KTO), "weight", smallest=2),
     "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -150,7 +165,7 @@ def repadded(batch: Any, side: str, extra: int) -> Any:
     target = target.flip(1) if side == "left" else target
 
     def move(name: str, values: Tensor) -> Tensor:
-        if values.ndim != 2:
+        if values.shape != real.shape:
             return values
         garbage = torch.nan if values.is_floating_point() else 0 if values.dtype == torch.bool else 5
         return values.new_full(target.shape, FILL.get(name, garbage)).masked_scatter(target, values[real])
@@ -167,6 +182,9 @@ def padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
             return right(config, torch.ones_like(mask), *rest, **options)
 
         monkeypatch.setattr(place, "attention_inputs", wrong)
+    rows = dpo.packed_rows
+    ones = lambda batch: {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
+    monkeypatch.setattr(dpo, "packed_rows", lambda batch, width: rows(ones(batch), width))
 
 
 @every_method
@@ -304,7 +322,9 @@ def splits(name: str) -> list[dict[str, Any]]:
     recomputed = {"model.gradient_checkpointing": True}
     if METHODS[name].online:
         return [{"model.micro_batch_size": 3}, {"model.micro_batch_size": 1, **recomputed}]
-    parts = [{"data.batch_size": size, "trainer.accumulate_grad_batches": 8 // size} for size in (4, 1)]
+    parts = [
+        {"data.batch_size": size, "trainer.accumulate_grad_batches": 8 // size} for size in (4, METHODS[name].smallest)
+    ]
     return [parts[0], {**parts[1], **recomputed}]
 
 
@@ -400,6 +420,7 @@ def test_resuming_a_finished_run_changes_nothing(world: Any, unbroken: Any, name
 
 
 FORGETS = [(name, what) for name in METHODS for what in ("position", "optimiser", "counters")]
+FORGETS.remove(("dpo_lora", "counters"))  # without the hook that restores them there would be no base either
 
 
 @pytest.mark.parametrize(("name", "what"), [*FORGETS, ("pretrain", "random"), ("sft", "random")])
@@ -424,11 +445,43 @@ def test_ppo_15_comp_4_two_processes_are_one(world: Any, whole: Any, name: str) 
     ("name", "what"),
     [
         *(("pretrain", "no_world_size"), ("sft", "mean_of_means"), ("reward", "own_statistics")),
+        ("kto", "own_statistics"),
         *(("ppo", "no_world_size"), ("ppo", "equal_seeds"), ("ppo", "own_statistics")),
     ],
 )
 def test_two_processes_that_are_not_one_are_noticed(world: Any, whole: Any, name: str, what: str) -> None:
     assert differences(whole(name), world.fork(halved(name), processes=2, breaks=[what]), 1e-3)
+
+
+def test_two_processes_tokenise_once(world: Any) -> None:
+    options = {**halved("sft"), "data.cache_dir": str(world.root / "tokens"), "trainer.max_epochs": 1}
+    run = world.fork(options, processes=2, log_tokenising=True)
+    said = [line for line in world.log(run).splitlines() if line.endswith("tokenises")]
+    assert said == ["process 0 tokenises"] * 2  # records to learn from, and held-out ones
+
+
+def test_two_processes_refuse_the_same_data(world: Any) -> None:
+    options = {**halved("sft"), "data.path": world.write("bad.jsonl", [{"prompt": "no answer"}])}
+    run = world.fork(options, processes=2, code=2)  # neither waits for the other
+    assert world.log(run).count("error: ") == 2
+
+
+def test_copies_of_a_held_out_prompt_are_sampled_alike_by_two_processes(world: Any) -> None:
+    prompts = records("prompt", split="val", size=3)
+    data = world.write("copies.jsonl", [prompts[0], prompts[0], prompts[1], prompts[0], prompts[2], prompts[1]])
+    options = {"data.val_path": data, "data.eval_batch_size": 1, "model.iterations": 1}
+    runs = [
+        world.fork({**METHODS["ppo"].options, **DOUBLE, **options}),
+        world.fork({**halved("ppo"), **options}, processes=2),
+    ]
+    first, second = (run.row(0, "eval/lab/proxy") for run in runs)
+    assert second == pytest.approx(first, rel=TOLERANCE, abs=TOLERANCE)
+    drawn = {
+        sample["completion"]
+        for sample in runs[0].samples
+        if (sample["step"], sample["prompt"]) == (0, prompts[0]["prompt"])
+    }
+    assert len(drawn) > 1
 
 
 def test_two_processes_that_the_command_line_starts(world: Any, whole: Any) -> None:

@@ -135,6 +135,16 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(world: Any) -> None:
     assert on.row(1, "eval/loss")["eval/loss"] == off.row(1, "eval/loss")["eval/loss"]
 
 
+def test_sft_5_noise_on_embeddings_is_on_in_training_and_off_in_evaluation(world: Any) -> None:
+    options = {**SFT, "data.batch_size": 8, "trainer.max_steps": 1, "model.learning_rate": 0.0}
+    off, on = world.fit(options), world.fit({**options, "model.neftune_noise_alpha": 15.0})
+    assert on.rows[0]["loss"] != off.rows[0]["loss"]
+    assert on.row(1, "eval/loss")["eval/loss"] == off.row(1, "eval/loss")["eval/loss"]
+    assert not on.module.model.get_input_embeddings()._forward_hooks
+    for name, values in off.weights.items():
+        assert torch.equal(on.weights[name], values)
+
+
 def test_a_model_that_cannot_pack_gets_a_row_for_every_document(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**PRETRAIN, "data.packing": "bfd", "data.batch_size": 4, "trainer.max_steps": 3}
     options |= {"trainer.precision": "64-true"}

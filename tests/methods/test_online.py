@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lightning_align.models.heads import RewardModel
 from lightning_align.playground import gold
 
 
@@ -179,6 +180,19 @@ def test_a_policy_with_dropout_in_its_configuration_has_it_off(
     refused = world.fit({**ppo_options, "model.dropout": 0.1}, code=2)
     assert "dropout" in capsys.readouterr().err
     assert not refused.path.exists()
+
+
+def test_parameters_take_the_bytes_in_which_a_model_will_lie(world: Any, ppo_options: dict[str, Any]) -> None:
+    narrow = RewardModel.from_pretrained(str(world.root / "reward"), dtype="bfloat16")
+    narrow.network.save_pretrained(world.root / "narrow")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (world.root / "narrow" / file).write_text((world.root / "reward" / "model" / file).read_text())
+    parts = {"wide": "@reward", "narrow": "@narrow", "rule": "@rewards.py:length"}
+    roles = world.ready({**ppo_options, "model.reward": parts}).parameter_roles()
+    assert set(roles) == {"policy", "value", "reference", "reward"}
+    one = sum(parameter.numel() for parameter in narrow.parameters())
+    assert roles["reward"] == (2 * one, 4 * one + 2 * one)
+    assert all(roles[role].size == 4 * roles[role].number for role in ("policy", "value", "reference"))
 
 
 def test_nothing_held_out_is_said_and_not_evaluated(

@@ -29,17 +29,6 @@ tokenizer: {train: {vocab_size: 64, algorithm: words}}
 """
 
 
-@pytest.fixture
-def ppo(world: Any, ppo_options: dict[str, Any]) -> Ppo:
-    """``ppo(**changes)``: a run of three iterations; options of the model without their prefix."""
-
-    def fit(*, ready: bool = False, **changes: Any) -> Any:
-        options = {**ppo_options, **{name if "." in name else f"model.{name}": v for name, v in changes.items()}}
-        return world.ready(options) if ready else world.fit(options)
-
-    return fit
-
-
 # -------------------------------------------------------------------------------------------------- the first minibatch
 def test_ppo_3_first_step_is_the_vanilla_policy_gradient(ppo: Ppo, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lightning_align.losses.ranking import plackett_luce_loss
 from lightning_align.models.heads import RewardModel
 from lightning_align.playground import records
 from lightning_align.rewards.learned import LearnedReward
@@ -119,8 +120,165 @@ def test_scores_start_at_order_one(world: Any) -> None:
     assert 0.5 < norm < 1.5  # 32 numbers of standard deviation 1/√33
 
 
+def ranked(size: int = 12, **options: Any) -> list[dict[str, Any]]:
+    """Rankings of the playground."""
+    return records("ranked", size=size, **{"k": 4, "ties": 0.8, **options})
+
+
+def test_rm_6_rankings_as_a_whole(world: Any) -> None:
+    """The module's loss is the mean over prompts of the loss of each ranking, of whatever length."""
+    rows = [*ranked(3, k=5), *ranked(2, k=3)]
+    options = {"data.path": world.write("mixed.jsonl", rows), "data.val_fraction": 0.0, "data.val_path": None}
+    module = world.ready({**REWARD, **DOUBLE, **options, "model.objective": "plackett_luce"})
+    data = module.trainer.datamodule.datasets["train"]
+    batch = data.collate(range(len(data)), 5.0)
+    scores = module.model(batch["input_ids"], batch["attention_mask"]).detach()
+    loss, sums = module.loss(batch)
+    expected, start = 0.0, 0
+    for row in rows:
+        count = len(row["ranks"])
+        own = scores[start : start + count]
+        alone, _ = plackett_luce_loss(own, torch.arange(count)[None], torch.tensor([row["ranks"]]))
+        expected, start = expected + float(alone), start + count
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-9)
+    assert float(sums["loss"][1]) == 5
+    assert {"accuracy", "margin", "mean_reward", "num_tokens"} <= set(sums)
+
+
+def test_rm_6_on_pairs_it_is_the_pairwise_loss(world: Any, gradients: Callable[..., dict[str, Tensor]]) -> None:
+    found = []
+    for objective in ("bradley_terry", "plackett_luce"):
+        plain = {"data.margin": "none", "model.objective": objective, "model.center_rewards_coefficient": 0.05}
+        module = world.ready({**REWARD, **DOUBLE, **plain})
+        data = module.trainer.datamodule.datasets["train"]
+        loss, sums = module.loss(data.collate(range(17), 1.0))
+        found.append((loss, sums["accuracy"], gradients(module, loss)))
+    (loss, accuracy, first), (same, same_accuracy, second) = found
+    torch.testing.assert_close(same, loss, rtol=1e-6, atol=1e-6)
+    assert same_accuracy == accuracy
+    for name, gradient in first.items():
+        torch.testing.assert_close(second[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_margins_that_a_ranking_has_no_use_for_are_said(world: Any) -> None:
+    with pytest.warns(UserWarning, match="objective plackett_luce does not use them"):
+        world.ready({**REWARD, "model.objective": "plackett_luce", "data.margin": "small"})
+
+
+@pytest.mark.parametrize("name", ["rao_kupper", "davidson"])
+def test_rm_7_a_tie_model_learns_how_often_answers_tie(world: Any, name: str) -> None:
+    pairs = world.write("tied.jsonl", records("preference", size=120, ties=0.8))
+    run = world.fit({**REWARD, "data.path": pairs, "data.ties": name, "trainer.max_epochs": 4})
+    rows = [row for row in run.rows if "ties/parameter" in row]
+    assert rows[-1]["ties/parameter"] > rows[0]["ties/parameter"] + 0.1  # ties are more common than it starts with
+    assert 0.1 < rows[-1]["ties/observed"] < 0.9
+    assert 0 < rows[0]["ties/predicted"] < rows[-1]["ties/predicted"] < 1
+    stored = AutoModelForSequenceClassification.from_pretrained(run.path / "model").config.tie_model
+    assert stored == {"name": name, "parameter": pytest.approx(rows[-1]["ties/parameter"], abs=0.1)}
+    assert any(key.endswith("free_tie_parameter") for key in run.checkpoint()["state_dict"])
+    # the network's parameters are those of any reward model
+    assert scored(LearnedReward(str(run.path)), texts(records("preference", size=3))).isfinite().all()
+
+
+def test_rm_7_ties_are_counted_and_need_a_pairwise_loss(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    tied = world.write(
+        "all_tied.jsonl", [{**row, "tie": True} for row in records("preference", size=8, strength=False)]
+    )
+    run = world.fit({**REWARD, "data.path": tied}, code=2)
+    assert "its answers tie" in capsys.readouterr().err
+    run = world.fit({**REWARD, "data.ties": "davidson", "model.objective": "plackett_luce"}, code=2)
+    said = capsys.readouterr().err
+    assert "data.ties is davidson, which RewardModule cannot learn here: give drop, soft" in said
+    assert not run.path.exists()
+
+
+SCORED: dict[str, Any] = {
+    **{**REWARD, "data.path": "@scored.jsonl", "data.val_path": "@scored.jsonl", "data.batch_size": 16},
+    **{"model.learning_rate": 5e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def scores_file(world: Any) -> list[dict[str, Any]]:
+    """Scores far from mean 0 and deviation 1; what is learnt is evaluated on the same records."""
+    rows = [{**row, "score": 50 + 10 * row["score"]} for row in records("scored", size=200, temperature=0.1)]
+    world.write("scored.jsonl", rows)
+    return rows
+
+
+@pytest.mark.parametrize("objective", ["squared_error", "huber"])
+def test_regression_predicts_in_the_unit_of_the_scores(
+    world: Any, scores_file: list[dict[str, Any]], objective: str
+) -> None:
+    run = world.fit({**SCORED, "model.objective": objective, "trainer.max_epochs": 6})
+    target = torch.tensor([row["score"] for row in scores_file])
+    found = scored(LearnedReward(str(run.path)), [(row["prompt"], row["completion"]) for row in scores_file])
+    last = [row for row in run.rows if "eval/rmse" in row][-1]
+    assert last["eval/rmse"] == pytest.approx(float((found - target).pow(2).mean().sqrt()), rel=1e-4)
+    assert last["eval/mae"] == pytest.approx(float((found - target).abs().mean()), rel=1e-4)
+    assert last["eval/r2"] > 0.2
+    assert last["eval/spearman"] > 0.4
+    config = AutoModelForSequenceClassification.from_pretrained(run.path / "model").config
+    assert config.target_mean == pytest.approx(float(target.mean()), rel=1e-5)
+    assert config.target_std == pytest.approx(float(target.std(correction=0)), rel=1e-4)
+    assert config.reward_normalize == "target"
+
+
+def test_regression_scores_can_also_start_at_zero(world: Any, scores_file: list[dict[str, Any]]) -> None:
+    run = world.fit({**SCORED, "model.objective": "squared_error", "model.normalize": "full"})
+    found = scored(LearnedReward(str(run.path)), [(row["prompt"], row["completion"]) for row in scores_file])
+    assert abs(float(found.mean())) < 1e-4
+    assert float(found.std(correction=0)) == pytest.approx(1, abs=1e-3)
+
+
+def test_scores_train_a_ranking_too_and_comparisons_no_regression(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = [{**row, "score": row["score"] + 1} for row in records("scored", size=30)]
+    rows = [{**row, "prompt": "the same :"} for row in [*records("scored", size=3), *again]]
+    run = world.fit(
+        {**REWARD, "data.path": world.write("same.jsonl", rows), "data.val_path": None, "data.val_fraction": 0}
+    )
+    assert {"kind": "ranked", "kept": 1}.items() <= run.status["data"].items()
+    world.fit({**REWARD, "model.objective": "huber"}, code=2)
+    assert "a record of kind scored needs prompt and completion and score" in capsys.readouterr().err
+    world.fit({**REWARD, "model.objective": "huber", "data.kind": "ranked"}, code=2)
+    assert "data.kind is ranked, but the model learns from scored records" in capsys.readouterr().err
+
+
+def test_aspects_of_one_file_are_trained_apart(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row for aspect in ("helpfulness", "safety") for row in records("preference", size=20, aspect=aspect)]
+    rankings = [row for aspect in ("helpfulness", "safety") for row in records("ranked", size=10, aspect=aspect)]
+    files = {"preference": world.write("both.jsonl", rows), "ranked": world.write("both_ranked.jsonl", rankings)}
+    for kind, file in files.items():
+        kept = {}
+        for aspect in ("helpfulness", "safety"):
+            module = world.ready(
+                {**REWARD, "data.path": file, "data.aspect": aspect, "data.val_path": None, "data.val_fraction": 0.0}
+            )
+            kept[aspect] = len(module.trainer.datamodule.datasets["train"])
+            assert module.trainer.datamodule.report.dropped[f"not of aspect {aspect}"] == (
+                20 if kind == "preference" else 10
+            )
+        assert kept == {"helpfulness": 20 if kind == "preference" else 10, "safety": 20 if kind == "preference" else 10}
+
+
+def test_the_playground_ranks_where_it_is_asked_to(world: Any) -> None:
+    options = {"data.path": "playground", "data.kind": "ranked", "data.val_path": None}
+    module = world.ready({**REWARD, **options, "data.playground": {"size": 6, "k": 5}})
+    assert len(module.trainer.datamodule.datasets["train"].collate(range(6), 1.0)["input_ids"]) == 30
+
+
+def test_reliability_is_drawn_and_kept_up_to_date(world: Any) -> None:
+    run = world.fit({**REWARD, "trainer.max_epochs": 1})
+    picture = (run.path / "reliability.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert not list(run.path.glob(".reliability*"))
+
+
 def test_options_out_of_range_are_refused(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("label_smoothing", 0.5), ("center_rewards_coefficient", -1.0), ("dropout", 0.1)):
+    refused = (("label_smoothing", 0.5), ("center_rewards_coefficient", -1.0), ("dropout", 0.1), ("objective", "elo"))
+    for option, value in refused:
         run = world.fit({**REWARD, f"model.{option}": value}, code=2)
         assert option in capsys.readouterr().err
         assert not run.path.exists()

@@ -3,6 +3,7 @@
 ``pytest -m slow -s tests/methods/test_slow.py`` shows the figures.
 """
 
+import json
 import math
 from collections import Counter
 from itertools import pairwise
@@ -116,7 +117,10 @@ def test_rm_9_accuracy_approaches_what_the_annotator_allows(playground: Playgrou
 
 
 def test_ppo_9_a_strong_penalty_holds_the_policy(playground: Playground) -> None:
-    kl = column(playground.ppo("ppo_beta10", model__kl_coef=10.0, model__iterations=40), "eval/lab/kl")
+    # advantages are whitened: with nothing to gain they are noise of full size, and at the playground's own rate, five
+    # times this one, the policy diffuses to a third of a nat before the penalty turns it round
+    options = {"model__kl_coef": 10.0, "model__iterations": 40, "model__learning_rate": 3e-5}
+    kl = column(playground.ppo("ppo_beta10", **options), "eval/lab/kl")
     print(f"PPO-9 largest |KL| with β = 10: {max(map(abs, kl)):.4f} nats")
     assert max(map(abs, kl)) < 0.1
 
@@ -151,3 +155,25 @@ def test_ppo_13_values_explain_returns(playground: Playground) -> None:
     mean = sum(explained) / len(explained)
     print(f"PPO-13 explained variance after 50 iterations {mean:.3f}")
     assert mean > 0.3
+
+
+def test_comp_6_helpfulness_alone_costs_safety_that_the_gate_keeps(playground: Playground) -> None:
+    playground.sft()
+    policy = {"model__model": playground.root / "sft"}
+    models = {}
+    for aspect in ("helpfulness", "safety"):
+        playground.fit("reward", aspect, data__aspect=aspect, data__margin="small", **policy)
+        models[aspect] = str(playground.root / aspect)
+    options = {**policy, "model__kl_coef": 0.01, "model__score_scaling": "whiten", "model__iterations": 40}
+    alone = playground.fit("ppo", "ppo_helpfulness", model__reward=models["helpfulness"], **options)
+    spec = json.dumps({"combine": "gate", "parts": models})
+    gated = playground.fit("ppo", "ppo_gate", model__reward=spec, **{**options, "model__score_scaling": "none"})
+    safety = {name: column(run, "eval/lab/gold_safety")[-1] for name, run in (("alone", alone), ("gated", gated))}
+    errors = [column(run, "eval/lab/gold_safety_se")[-1] for run in (alone, gated)]
+    difference, error = safety["gated"] - safety["alone"], math.hypot(*errors)
+    helpfulness = {n: column(run, "eval/lab/gold_helpfulness")[-1] for n, run in (("alone", alone), ("gated", gated))}
+    print(
+        f"COMP-6 true safety {safety}: {difference:+.3f} by the gate, 95 % interval {difference - 1.96 * error:+.3f} "
+        f"to {difference + 1.96 * error:+.3f} over prompts, one seed; true helpfulness {helpfulness}"
+    )
+    assert difference > 1.96 * error

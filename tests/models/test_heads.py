@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,23 @@ def test_rm_8_normalised_scores_average_zero_and_survive_saving(
     torch.testing.assert_close(shift, torch.full((5,), float(raw.mean())), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("normalisation", ["none", "mean", "full", "target"])
+def test_rm_8_a_saved_model_remembers_how_its_scores_are_normalised(
+    policy: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, normalisation: Any
+) -> None:
+    model = RewardModel.from_backbone(policy, tokenizer=tokenizer)
+    model.set_target(50.0, 10.0)
+    model.set_normalisation(torch.tensor([1.0, 2.0, 6.0]), normalisation)
+    save_model(model.network, tokenizer, tmp_path / "saved")
+    again = RewardModel.from_pretrained(str(tmp_path / "saved"))
+    ids = torch.tensor([[9, 10, 11], [12, 13, 14]])
+    raw = model(ids, torch.ones_like(ids))
+    wanted = {"none": raw, "mean": raw - 3, "full": (raw - 3) / model.reward_std, "target": 10 * raw + 50}
+    torch.testing.assert_close(again.normalised_scores(ids, torch.ones_like(ids)), wanted[normalisation])
+    values = ValueModel.from_reward(str(tmp_path / "saved"))  # begins where the scores are
+    torch.testing.assert_close(values.last_value(ids, torch.ones_like(ids)), wanted[normalisation])
+
+
 def test_constant_reference_scores_do_not_divide_by_zero(reward: str) -> None:
     model = RewardModel.from_pretrained(reward)
     model.set_normalisation(torch.full((4,), 2.5))
@@ -132,7 +150,7 @@ def test_the_head_is_float32_on_a_narrow_trunk(policy: str, tmp_path: Path) -> N
     ids = torch.tensor([[9, 10, 11]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(ids, torch.ones_like(ids)).dtype == torch.float32
-    model.save_pretrained(tmp_path / "narrow")
+    model.network.save_pretrained(tmp_path / "narrow")
     again = RewardModel.from_pretrained(str(tmp_path / "narrow"), dtype="bfloat16")
     assert again(ids, torch.ones_like(ids)).dtype == torch.float32
 

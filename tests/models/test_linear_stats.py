@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from lightning_align.models import linear_stats
+from align_kernels import _plan, plain
 from lightning_align.models.linear_stats import Head, RowStats, linear_row_stats, logits_row_stats
 
 Golden = Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
@@ -29,16 +27,15 @@ def both_ways(
     ]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks even for a handful of rows."""
-    monkeypatch.setitem(linear_stats.CHUNK_BYTES, "cpu", 2 * 7 * 8)
-
-
-@pytest.fixture(params=["kept", "recomputed"])
-def saving(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(linear_stats.KEEP_BYTES, "cpu", 0 if request.param == "recomputed" else 2**30)
-    return request.param
+@pytest.fixture(autouse=True, params=["few logits", "kept", "recomputed"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way through the operations, several chunks even for a handful of rows."""
+    if request.param != "few logits":
+        monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+        monkeypatch.setattr(_plan, "LEAST_CHUNK_ROWS", 2)
+        monkeypatch.setitem(_plan.CHUNK_BYTES, "cpu", 2 * 7 * 8)
+    if request.param == "recomputed":
+        monkeypatch.setattr(_plan, "_memory_to_keep", lambda device: 0)
 
 
 def close(actual: Tensor | None, expected: list[float], dtype: torch.dtype) -> None:
@@ -104,7 +101,7 @@ def leaves(requires_grad: bool = True) -> dict[str, Tensor]:
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_kl", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
-def test_gradients_equal_naive_autograd(saving: str, softcap: float | None, with_kl: bool, with_entropy: bool) -> None:
+def test_gradients_equal_naive_autograd(softcap: float | None, with_kl: bool, with_entropy: bool) -> None:
     labels = torch.arange(9) % 7
     factors = torch.linspace(-1, 2, 9, dtype=torch.float64)
     other = leaves(requires_grad=False)
@@ -131,7 +128,7 @@ def test_gradients_equal_naive_autograd(saving: str, softcap: float | None, with
         torch.testing.assert_close(ours[name].grad, naive[name].grad, rtol=1e-10, atol=1e-12)
 
 
-def test_gradcheck(saving: str) -> None:
+def test_gradcheck() -> None:
     labels = torch.arange(9) % 7
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +147,7 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert weight.grad is None
 
 
-def test_gradient_of_a_near_certain_token_keeps_its_precision(saving: str) -> None:
+def test_gradient_of_a_near_certain_token_keeps_its_precision() -> None:
     logits = torch.tensor([[10.0, 0.0, 0.0]]).requires_grad_()
     stats = linear_row_stats(logits, Head(torch.eye(3)), torch.tensor([0]))
     stats.logp.sum().backward()
@@ -159,7 +156,7 @@ def test_gradient_of_a_near_certain_token_keeps_its_precision(saving: str) -> No
     assert float(logits.grad[0, 0] / exact) == pytest.approx(1, abs=2e-3)  # 1 − p = 9e-5; float32 has 7 digits
 
 
-def test_impossible_symbols_contribute_nothing(saving: str) -> None:
+def test_impossible_symbols_contribute_nothing() -> None:
     bias = torch.tensor([0.0, 0.0, -torch.inf])
     hidden = torch.zeros(2, 4, requires_grad=True)
     head = Head(torch.zeros(3, 4), bias)
@@ -173,7 +170,7 @@ def test_impossible_symbols_contribute_nothing(saving: str) -> None:
     assert not hidden.grad.any()
 
 
-def test_conv_9_no_rows_give_empty_results_and_zero_gradients(saving: str) -> None:
+def test_conv_9_no_rows_give_empty_results_and_zero_gradients() -> None:
     tensors = leaves()
     head = Head(tensors["weight"], tensors["bias"])
     stats = linear_row_stats(tensors["hidden"][:0], head, torch.zeros(0, dtype=torch.long), entropy=True)
@@ -181,17 +178,6 @@ def test_conv_9_no_rows_give_empty_results_and_zero_gradients(saving: str) -> No
     for tensor in tensors.values():
         assert tensor.grad is not None
         assert not tensor.grad.any()
-
-
-def test_kept_and_recomputed_are_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for budget in (0, 2**30):
-        monkeypatch.setitem(linear_stats.KEEP_BYTES, "cpu", budget)
-        tensors = leaves()
-        stats = linear_row_stats(tensors["hidden"], Head(tensors["weight"]), torch.arange(9) % 7, entropy=True)
-        (stats.logp - 0.3 * stats.entropy).sum().backward()  # type: ignore[operator]
-        results.append((stats.logp, tensors["hidden"].grad, tensors["weight"].grad))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -216,47 +202,3 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(
     assert stats.logp.dtype == torch.float32
     stats.logp.sum().backward()
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in tensors.values())
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
-        return result
-
-
-def test_recomputing_never_holds_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, width, vocabulary, chunk = 256, 16, 512, 32
-    monkeypatch.setitem(linear_stats.KEEP_BYTES, "cpu", 0)
-    monkeypatch.setitem(linear_stats.CHUNK_BYTES, "cpu", chunk * vocabulary * 4)
-    hidden = torch.randn(rows, width, requires_grad=True)
-    weight = torch.randn(vocabulary, width, requires_grad=True)
-    reference = (torch.randn(rows, width), Head(torch.randn(vocabulary, width)))
-    with Largest() as largest:
-        stats = linear_row_stats(
-            hidden, Head(weight), torch.zeros(rows, dtype=torch.long), entropy=True, correct=True, reference=reference
-        )
-        (stats.logp.sum() + stats.entropy.sum() + stats.kl.sum()).backward()  # type: ignore[union-attr]
-    assert hidden.grad is not None
-    assert chunk * vocabulary <= largest.elements < rows * vocabulary / 4
-
-
-def test_another_implementation_can_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def fast(hidden: Tensor, head: Head, labels: Tensor, wanted: linear_stats.Wanted) -> RowStats:
-        calls.append(len(hidden))
-        return linear_stats.chunked_row_stats(hidden, head, labels, wanted)
-
-    monkeypatch.setitem(linear_stats.IMPLEMENTATIONS, "cpu", fast)
-    tensors = leaves()
-    linear_row_stats(tensors["hidden"], Head(tensors["weight"]), torch.zeros(9, dtype=torch.long))
-    assert calls == [9]

@@ -138,11 +138,17 @@ def test_an_architecture_is_initialised_from_the_seed(
     assert model.get_input_embeddings().weight[tokenizer.pad_token_id].any()
 
 
-def test_parameters_are_counted_without_loading(write: Callable[..., str], folder: Path) -> None:
+def test_parameters_are_counted_without_loading(write: Callable[..., str], folder: Path, tmp_path: Path) -> None:
     words = train_tokenizer(["a b c"], vocab_size=41, algorithm="words")
     for source, tokenizer in ((write(), words), (str(folder), None)):
         model = load_causal_lm(source, tokenizer=tokenizer)
-        assert count_parameters(source, tokenizer) == sum(p.numel() for p in model.parameters())
+        count = sum(p.numel() for p in model.parameters())
+        assert count_parameters(source, tokenizer) == (count, 4 * count)
+        assert count_parameters(source, tokenizer, dtype="bfloat16") == (count, 2 * count)
+        assert count_parameters(source, tokenizer, dtype="auto") == (count, 4 * count)
+        narrow = str(tmp_path / f"narrow{count}")
+        model.to(torch.bfloat16).save_pretrained(narrow)
+        assert count_parameters(narrow, dtype="auto") == (count, 2 * count)
 
 
 def test_an_architecture_may_name_a_tokenizer(write: Callable[..., str], folder: Path) -> None:

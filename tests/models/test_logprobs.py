@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from lightning_align.models import linear_stats, logprobs
-from lightning_align.models.logprobs import head_is_expressible, hidden_to_logits, token_stats
+from align_kernels import _plan, plain
+from lightning_align.models import logprobs
+from lightning_align.models.logprobs import head_is_expressible, token_stats
 
 Pad = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Make = Callable[..., PreTrainedModel]
@@ -181,7 +182,7 @@ def test_every_head_is_expressible(any_model: PreTrainedModel) -> None:
     with torch.no_grad():
         output = any_model(input_ids=ids, output_hidden_states=False)
         hidden = any_model.get_decoder()(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(hidden_to_logits(any_model, hidden), output.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logprobs._head(any_model).logits(hidden), output.logits, rtol=1e-5, atol=1e-5)
 
 
 def bent(model: PreTrainedModel) -> PreTrainedModel:
@@ -221,6 +222,13 @@ def test_a_scale_that_the_configuration_does_not_name_is_found_out(make: Make, m
         assert not head_is_expressible(make("granite"))
 
 
+def test_the_head_check_does_not_round_with_the_training(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "LOGIT_SCALES", ())
+    model = make("granite", logits_scaling=1.01)  # less than bfloat16 would forgive
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="plain path"):
+        assert not head_is_expressible(model)
+
+
 def test_the_head_check_leaves_modes_and_random_numbers_alone(make: Make) -> None:
     model = make("gpt2", resid_pdrop=0.3).train()
     torch.manual_seed(3)
@@ -253,8 +261,10 @@ def test_logits_of_a_batch_never_exist(make: Make, monkeypatch: pytest.MonkeyPat
     ids = torch.randint(0, vocabulary, (6, 40), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(ids, dtype=torch.bool)
     head_is_expressible(model)
-    monkeypatch.setitem(linear_stats.KEEP_BYTES, "cpu", 0)
-    monkeypatch.setitem(linear_stats.CHUNK_BYTES, "cpu", 16 * vocabulary * 4)
+    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(_plan, "_memory_to_keep", lambda device: 0)
+    monkeypatch.setattr(_plan, "LEAST_CHUNK_ROWS", 16)
+    monkeypatch.setitem(_plan.CHUNK_BYTES, "cpu", 16 * vocabulary * 4)
     with Largest() as largest:
         token_stats(model, ids, real, mask=real, entropy=True).logp.sum().backward()
     assert largest.elements < ids.numel() * vocabulary / 4

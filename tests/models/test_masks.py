@@ -102,3 +102,31 @@ def test_evaluation_mode_gives_every_module_its_own_mode_back(llama: PreTrainedM
         assert not any(module.training for module in llama.modules())
     assert llama.training
     assert not llama.model.norm.training
+
+
+def test_dpo_5_a_branch_sees_what_it_goes_on_from_and_itself() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, -1]])
+    positions = torch.tensor([[0, 1, 2, 1, 2, 2, 3, 0]])
+    inputs = attention_inputs(AutoConfig.for_model("llama"), documents >= 0, positions, documents)
+    assert (inputs["attention_mask"] == 0)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_a_branch_goes_on_from_the_last_document_that_starts_at_0() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 2]])
+    positions = torch.tensor([[0, 1, 0, 1, 1]])
+    inputs = attention_inputs(AutoConfig.for_model("llama"), documents >= 0, positions, documents)
+    assert (inputs["attention_mask"] == 0)[0, 0, 4].int().tolist() == [0, 0, 1, 0, 1]
+
+
+def test_pre_1_packing_check_does_not_round_with_the_training(any_model: PreTrainedModel) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert check_packing(any_model)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from lightning_align.models.memory import estimate_memory
 
 SIZES = {
-    "parameters_trained": 1_000_000,
-    "parameters_frozen": 500_000,
+    "trained_bytes": 4_000_000,
+    "frozen_bytes": 2_000_000,
     "tokens_per_microbatch": 512,
     "hidden_size": 128,
     "num_layers": 4,
@@ -24,9 +24,9 @@ def test_parts_add_up_and_scale() -> None:
     assert parts["parameters"] == 6_000_000
     assert parts["gradients"] == 4_000_000
     assert parts["optimizer"] == 8_000_000
-    assert parts["logits"] == 2 * 512 * 512 * 4
+    assert parts["logits"] == 512 * 512 * 4
     narrow = estimate_memory(**SIZES, dtype_bytes=2)
-    assert narrow["parameters"] == parts["parameters"] // 2
+    assert narrow["activations"] == parts["activations"] // 2
     assert estimate_memory(**SIZES, gradient_checkpointing=True)["activations"] < parts["activations"]
 
 

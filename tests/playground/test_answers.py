@@ -7,8 +7,10 @@ import pytest
 
 from lightning_align.errors import UserError
 from lightning_align.playground import FAMILIES, UNSAFE_FAMILIES, Request, explain, vocabulary
-from lightning_align.playground.answers import LONGEST, ORDERED_TIERS, TIERS, check_mix, draw_tier, sample_answer
+from lightning_align.playground.answers import LONGEST, TIERS, check_mix, draw_tier, sample_answer
 from lightning_align.playground.bodies import complying_body, declining_body
+
+ORDERED_TIERS = ("excellent", "good", "fair", "poor", "broken")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

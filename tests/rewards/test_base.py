@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.rewards.base import Part, Reward, combine
+from lightning_align.rewards.base import Part, Reward
+from lightning_align.rewards.combination import weighted_sum
 from lightning_align.rewards.function import FunctionReward
 
 NAN = math.nan
@@ -29,13 +30,13 @@ def score(reward: Reward, completions: Sequence[str]) -> Any:
 
 def test_weighted_sum_over_what_applies() -> None:
     parts = {"a": torch.tensor([1.0, NAN, 2.0, NAN]), "b": torch.tensor([10.0, 20.0, NAN, NAN])}
-    total = combine(parts, {"a": 2.0, "b": -0.5})
+    total = weighted_sum(parts, {"a": 2.0, "b": -0.5})
     torch.testing.assert_close(total, torch.tensor([-3.0, -10.0, 4.0, NAN]), equal_nan=True)
 
 
 def test_weights_are_not_renormalised() -> None:
     parts = {"a": torch.tensor([1.0, NAN]), "b": torch.tensor([1.0, 1.0])}
-    assert combine(parts, {"a": 3.0, "b": 1.0}).tolist() == [4.0, 1.0]
+    assert weighted_sum(parts, {"a": 3.0, "b": 1.0}).tolist() == [4.0, 1.0]
 
 
 def test_a_part_of_weight_zero_is_reported_and_not_counted() -> None:
@@ -44,7 +45,7 @@ def test_a_part_of_weight_zero_is_reported_and_not_counted() -> None:
     assert scores.total.tolist() == [2.0, 1.0]
     assert scores.parts["watched"].tolist() == [7.0, 7.0]
     # its NaN leaves the total alone, and where only it applies there is no score
-    total = combine({"a": torch.tensor([1.0, NAN]), "b": torch.tensor([NAN, 5.0])}, {"a": 1.0, "b": 0.0})
+    total = weighted_sum({"a": torch.tensor([1.0, NAN]), "b": torch.tensor([NAN, 5.0])}, {"a": 1.0, "b": 0.0})
     torch.testing.assert_close(total, torch.tensor([1.0, NAN]), equal_nan=True)
 
 

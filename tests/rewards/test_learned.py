@@ -152,6 +152,22 @@ def test_nothing_can_train_it(source: str, pairs: tuple[list[str], list[str]]) -
     assert not scores(reward, *pairs).requires_grad
 
 
+def test_a_narrow_model_computes_as_it_is_stored_and_scores_in_float32(
+    texts: list[str], pairs: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    wide = LearnedReward(save(tmp_path, train_tokenizer(texts, vocab_size=500, algorithm="words")))
+    stored = RewardModel.from_pretrained(wide.source, dtype="bfloat16")
+    save_model(stored.network, wide.tokenizer, tmp_path / "narrow")
+    narrow = LearnedReward(str(tmp_path / "narrow"))
+    types = {name: parameter.dtype for name, parameter in narrow.model.network.named_parameters()}
+    assert types.pop("score.weight") == torch.float32
+    assert set(types.values()) == {torch.bfloat16}
+    found, expected = scores(narrow, *pairs), scores(wide, *pairs)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    assert not torch.equal(found, expected)
+
+
 def test_two_models_with_tokenizers_of_their_own_add_up(texts: list[str], tmp_path: Path) -> None:
     words = save(tmp_path / "words", train_tokenizer(texts, vocab_size=500, algorithm="words"))
     pieces = save(tmp_path / "pieces", train_tokenizer(texts, vocab_size=400, algorithm="bpe"))
@@ -160,6 +176,40 @@ def test_two_models_with_tokenizers_of_their_own_add_up(texts: list[str], tmp_pa
     assert math.isfinite(made.total.item())
     assert made.total.item() == pytest.approx(made.parts["words"].item() + 0.5 * made.parts["pieces"].item())
     assert made.parts["words"] != made.parts["pieces"]
+
+
+def test_scores_on_other_scales_than_the_models_own(texts: list[str], tmp_path: Path) -> None:
+    source = save(tmp_path, train_tokenizer(texts, vocab_size=500, algorithm="words"))
+    arguments = ["translate fen . answer :"], [" red ."]
+    own = float(scores(LearnedReward(source), *arguments))
+    raw = float(scores(LearnedReward(source, normalisation="none"), *arguments))
+    assert raw == pytest.approx(own + 0.7)
+    assert float(scores(LearnedReward(source, normalisation="full"), *arguments)) == pytest.approx(own / 2.0)
+
+
+def test_min_of_two_models_is_taken_on_their_own_scales(texts: list[str], tmp_path: Path) -> None:
+    parts = {
+        name: save(tmp_path / name, train_tokenizer(texts, vocab_size=500 + extra, algorithm="words"))
+        for extra, name in enumerate(("a", "b"))
+    }
+    spec = {"combine": "min", "parts": parts, "standardise": True}
+    made = build_reward(spec).score(["translate fen . answer :"], [" red ."], finished=[True], records=[{}])
+    alone = [
+        float(scores(LearnedReward(source), ["translate fen . answer :"], [" red ."])) for source in parts.values()
+    ]
+    assert float(made.total) == pytest.approx(min(alone) / 2.0)
+
+
+def test_an_ensemble_of_models_says_what_they_disagree_on(texts: list[str], tmp_path: Path) -> None:
+    sources = [
+        save(tmp_path / name, train_tokenizer(texts, vocab_size=size, algorithm="words"))
+        for name, size in (("a", 500), ("b", 400))
+    ]
+    spec = {"rm": {"source": sources, "combine": "uwo", "uwo_coef": 0.5}}
+    made = build_reward(spec).score(["translate fen . answer :"], [" red ."], finished=[True], records=[{}])
+    alone = torch.stack([scores(LearnedReward(source), ["translate fen . answer :"], [" red ."]) for source in sources])
+    torch.testing.assert_close(made.total, alone.mean(0) - 0.5 * alone.var(0, unbiased=False))
+    torch.testing.assert_close(made.spreads["rm"], alone.std(0, unbiased=False))
 
 
 def test_a_language_model_is_no_reward(texts: list[str], tmp_path: Path) -> None:

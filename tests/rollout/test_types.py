@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.errors import UserError
-from lightning_align.rollout import Experience, Rollout, SamplingParams, unpad
+from lightning_align.rollout import Experience, Rollout, SamplingParams
 
 ROWS, WIDTH = 7, 5
 
@@ -151,12 +151,3 @@ def test_minibatches_are_a_fresh_shuffle_of_their_generator(experience: Experien
 def test_impossible_numbers_of_minibatches_are_refused(experience: Experience, count: int) -> None:
     with pytest.raises(UserError, match=f"{count} minibatches of {ROWS} completions"):
         list(experience.minibatches(count, torch.Generator()))
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_prompts_are_unpadded_by_their_mask(side: str) -> None:
-    rows = [[5, 0, 7], [0], [1, 2]]  # 0 is the padding too
-    padded = [[0] * (3 - len(row)) + row if side == "left" else row + [0] * (3 - len(row)) for row in rows]
-    mask = [[0] * (3 - len(row)) + [1] * len(row) for row in rows]
-    mask = mask if side == "left" else [row[::-1] for row in mask]
-    assert unpad(torch.tensor(padded), torch.tensor(mask)) == rows

@@ -1,18 +1,24 @@
 """The run directory: nothing is overwritten by accident, nothing written too early."""
 
 import json
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lightning_align.errors import UserError
-from lightning_align.run.directory import RunDirectory, find_parents, read_status, write_atomically
+from lightning_align.run.directory import RunDirectory, check_parents, find_parents, read_status
+from lightning_align.run.files import write_atomically
 
 
 def opened(root: Path, name: str = "a", *, resume: bool = False, overwrite: bool = False) -> RunDirectory:
     run = RunDirectory(root, name, resume=resume, overwrite=overwrite)
     run.check()
     run.open("x: 1\n", seed=3, parents=[])
+    run.close()  # as if its process had ended
     return run
 
 
@@ -108,3 +114,81 @@ def test_parents_are_the_runs_that_options_name(tmp_path: Path) -> None:
     assert [parent["option"] for parent in parents] == ["model.init_args.model", "model.init_args.reward.rm.source"]
     assert {parent["run"] for parent in parents} == {str(sft.path)}
     assert {parent["status"] for parent in parents} == {"finished"}
+
+
+def test_a_parent_that_was_replaced_is_noticed_and_one_that_went_on_is_not(tmp_path: Path) -> None:
+    sft = opened(tmp_path, "sft")
+    config = {"model": {"init_args": {"model": str(sft.path)}}, "data": {"path": "playground"}}
+    run = RunDirectory(tmp_path, "ppo")
+    run.open("x: 1\n", seed=3, parents=find_parents(config))
+    opened(tmp_path, "sft", resume=True).update(status="finished", step=7)
+    check_parents(run.path, find_parents(config))
+    time.sleep(0.002)  # times are written in milliseconds
+    opened(tmp_path, "sft", overwrite=True)
+    with pytest.raises(UserError, match=r"sft was replaced since .*ppo began: .* give --overwrite or another --run\.n"):
+        check_parents(run.path, find_parents(config))
+    check_parents(run.path, find_parents({"model": {"init_args": {"model": "hub/name"}}}))
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Start ``action`` in a child, whose exit code is 2 for a user's error; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except UserError:
+            code = 2
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_several_processes_that_come_at_once_one_gets_the_run(tmp_path: Path, overwrite: bool) -> None:
+    if overwrite:
+        opened(tmp_path)
+    for attempt in range(5):
+        start = time.monotonic() + 0.2
+        name = "a" if overwrite else f"run{attempt}"
+
+        def compete(name: str = name, start: float = start) -> None:
+            run = RunDirectory(tmp_path, name, overwrite=overwrite)
+            run.check()
+            time.sleep(max(0.0, start - time.monotonic()))
+            run.open("x: 1\n", seed=3, parents=[])
+            time.sleep(1.5)
+
+        children = [in_child(compete) for _ in range(4)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert sorted(codes) == [0, 2, 2, 2]
+        assert read_status(tmp_path / name)["status"] == "running"
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_is_going_on_is_left_alone_until_its_process_is_dead(tmp_path: Path) -> None:
+    def go_on() -> None:
+        run = RunDirectory(tmp_path, "a")
+        run.open("x: 1\n", seed=3, parents=[])
+        time.sleep(100)
+
+    child = in_child(go_on)
+    while not (tmp_path / "a").exists():
+        time.sleep(0.01)
+    for flag in ("resume", "overwrite"):
+        with pytest.raises(UserError, match=r"a is going on in another process: wait .* or give another --run\.name$"):
+            RunDirectory(tmp_path, "a", **{flag: True}).open("x: 2\n", seed=3, parents=[])
+    assert (tmp_path / "a" / "config.yaml").read_text() == "x: 1\n"
+    assert not list(tmp_path.glob(".*"))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    opened(tmp_path, resume=True)
+
+
+def test_what_a_killed_process_left_of_a_new_run_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".a.new" / "checkpoints").mkdir(parents=True)
+    (tmp_path / ".a.new" / "half").write_text("{")
+    run = opened(tmp_path)
+    assert {path.name for path in run.path.iterdir()} == {"checkpoints", "config.yaml", "run.json", ".lock"}
+    assert not list(tmp_path.glob(".*"))

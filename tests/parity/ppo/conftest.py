@@ -17,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from align_kernels import gae
 from lightning_align.data.datamodules import PromptDataModule
-from lightning_align.losses.advantages import gae, shaped_rewards
+from lightning_align.losses.advantages import shaped_rewards
 from lightning_align.losses.kl import kl_estimate
 from lightning_align.losses.masked import Metrics, masked_whiten
 from lightning_align.losses.value import value_loss
@@ -224,7 +225,7 @@ class LikeTRL(PPOModule):
         rewards = shaped_rewards(kl.where(mask, 0.0), slots, experience.scores, kl_coef=self.kl_controller.value)
         if self.whiten_rewards:
             rewards = self.whiten(rewards, slots, shift_mean=False)
-        advantages, returns = gae(rewards, experience.values, slots, gamma=self.gamma, lam=self.lam)
+        advantages, returns = gae(rewards, experience.values, mask=slots, gamma=self.gamma, lam=self.lam)
         return replace(experience, rewards=rewards, advantages=self.whiten(advantages, mask), returns=returns)
 
     def value_objective(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:

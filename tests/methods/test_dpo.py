@@ -1,0 +1,309 @@
+"""DPO-1, 5, 6, 9 and 11 through the module and the command line, for every loss."""
+
+import gc
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_align.data.collate import Window
+from lightning_align.losses.preference import LOSSES, REFERENCE_FREE
+from lightning_align.methods import dpo
+from lightning_align.methods.dpo_objectives import PairObjective, Term
+from lightning_align.models.answers import AnswerStats
+from lightning_align.playground import records
+
+DPO = {
+    **{"model": "DPOModule", "model.model": "@sft", "model.learning_rate": 1e-3, "data": "PreferenceDataModule"},
+    **{"data.path": "@preference.jsonl", "data.val_path": "@preference_val.jsonl", "data.batch_size": 8},
+}
+KTO = {"model.loss_type": "kto", "data.path": "@unpaired.jsonl", "data.val_path": "@unpaired_val.jsonl"}
+DOUBLE = {"trainer.precision": "64-true"}
+MIXED = {"model.loss_type": ["sigmoid", "orpo"], "model.loss_weights": [0.7, 0.2], "model.rpo_alpha": 0.3}
+EVERY: dict[str, dict[str, Any]] = {name: {"model.loss_type": name} for name in LOSSES}
+EVERY |= {"smoothed": {"model.label_smoothing": 0.1}, "likelihood": {"model.rpo_alpha": 0.5}}
+EVERY |= {"mixed": MIXED, "ties": {"data.ties": "soft"}, "kto": KTO}
+
+
+@pytest.fixture(scope="module")
+def module(world: Any) -> Callable[[str], Any]:
+    """``module(name)``: in float64, its policy already away from its reference; made once."""
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name] = world.ready({**DPO, **DOUBLE, **EVERY[name]})
+            draw = torch.Generator().manual_seed(0)
+            for parameter in made[name].model.parameters():
+                parameter.data += 0.02 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+        return made[name]
+
+    return get
+
+
+def parts(module: Any, *sizes: int) -> list[tuple[dict[str, Tensor], float]]:
+    """An optimiser step of so many micro-batches with so many elements each, and its weight."""
+    data = module.trainer.datamodule.datasets["train"]
+    elements = list(range(sum(sizes)))
+    weight = float(data.weights[elements].sum())
+    found, start = [], 0
+    for size in sizes:
+        window = Window(elements, elements, first=start == 0)
+        found.append((data.collate(elements[start : start + size], weight, window), weight))
+        start += size
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_dpo_5_conv_5_neither_micro_batches_nor_padding_nor_packing_change_a_gradient(
+    module: Callable[[str], Any],
+    gradients: Callable[..., dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    of = module(name)
+
+    def gradient(*sizes: int) -> Tensor:
+        loss = sum(of.loss(batch)[0] / weight for batch, weight in parts(of, *sizes))
+        return torch.cat([values.flatten() for values in gradients(of, loss).values()])
+
+    whole = gradient(8)
+    assert whole.norm() > 1e-4
+    for other in (gradient(3, 3, 2), gradient(6, 2)):
+        assert (other - whole).norm() < 1e-6 * whole.norm()
+    monkeypatch.setattr(dpo, "keeps_documents_apart", lambda model, otherwise: False)
+    assert (gradient(8) - whole).norm() < 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "hinge", "kto"])
+def test_dpo_1_a_run_begins_at_its_reference(world: Any, name: str) -> None:
+    run = world.fit({**DPO, **EVERY[name], "trainer.max_steps": 1, "model.beta": 0.2})
+    row = run.row(1, "loss")
+    assert row["loss"] == pytest.approx({"sigmoid": math.log(2), "ipo": 6.25, "hinge": 1.0, "kto": 0.5}[name], rel=1e-5)
+    assert [row["rewards/margins"], row["rewards/chosen"]] == pytest.approx([0, 0], abs=1e-6)
+    assert row["entropy"] > 0
+    assert row["grad_norm"] > 0
+    assert all(key.startswith("model.") for key in run.checkpoint()["state_dict"])  # no reference in it
+
+
+@pytest.mark.filterwarnings("ignore:training bfloat16 weights")
+@pytest.mark.parametrize("precision", [{"model.dtype": "bfloat16"}, {"trainer.precision": "bf16-mixed"}, DOUBLE])
+def test_dpo_1_no_precision_moves_the_reference(world: Any, precision: dict[str, Any]) -> None:
+    for name in ("sigmoid", "kto"):
+        run = world.fit({**DPO, **EVERY[name], **precision, "trainer.max_steps": 1, "model.beta": 1.0})
+        row = run.row(1, "loss")
+        assert [row[f"rewards/{side}"] for side in ("chosen", "rejected")] == pytest.approx([0, 0], abs=1e-3)
+
+
+COMMON = {"loss", "num_tokens", "epoch", "grad_norm", "learning_rate", "entropy", "step"}
+COMMON |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
+NAMES = {
+    "sigmoid": COMMON | {"rewards/accuracies", "mean_token_accuracy"},
+    "cpo": COMMON | {"rewards/accuracies", "mean_token_accuracy", "nll_loss"},
+    "orpo": COMMON | {"rewards/accuracies", "mean_token_accuracy", "nll_loss", "log_odds_chosen", "log_odds_ratio"},
+    "kto": COMMON | {"kl"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_have_the_names_of_trl(world: Any, name: str) -> None:
+    run = world.fit({**DPO, **EVERY[name], "trainer.max_steps": 1})
+    assert set(run.row(1, "loss")) == NAMES[name]
+    measured = {key for key in NAMES[name] if key not in ("num_tokens", "epoch", "grad_norm", "learning_rate", "step")}
+    assert set(run.row(1, "eval/loss")) == {f"eval/{key}" for key in measured} | {"step"}
+
+
+@pytest.mark.parametrize("name", ["cpo", "orpo", "mixed", "kto"])
+def test_evaluation_does_not_depend_on_its_batches(world: Any, name: str) -> None:
+    options = {**DPO, **DOUBLE, **EVERY[name], "trainer.max_epochs": 1}
+    rows = [world.fit({**options, "data.eval_batch_size": size}).row(3, "eval/loss") for size in (5, 2)]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-9)
+
+
+def test_training_raises_the_margin_of_held_out_pairs(world: Any) -> None:
+    many = {"data.path": world.write("more.jsonl", records("preference", size=200)), "data.batch_size": 16}
+    held_out = {"data.val_path": world.write("more_val.jsonl", records("preference", split="val", size=60))}
+    run = world.fit({**DPO, **many, **held_out, "trainer.max_epochs": 2, "model.learning_rate": 3e-3})
+    last = [row for row in run.rows if "eval/loss" in row][-1]
+    assert last["eval/rewards/margins"] > 0.1
+    assert last["eval/rewards/accuracies"] > 0.55
+
+
+# ---------------------------------------------------------------------- references
+def test_dpo_6_cached_log_probs_are_those_of_the_live_reference(world: Any) -> None:
+    for name in ("sigmoid", "kto"):
+        options = {**DPO, **EVERY[name], "trainer.max_epochs": 2}
+        live = world.fit(options)
+        cached = world.fit({**options, "model.reference": "cached"})
+        assert cached.module.frozen is None
+        for one, other in zip(live.rows, cached.rows, strict=True):
+            assert other == pytest.approx(one, rel=1e-5, abs=1e-5)
+        again = world.fit({**options, "model.reference": "cached", "model.reference_cache": _cache(cached)})
+        assert again.rows == cached.rows
+        assert not (again.path / dpo.CACHE_FILE).exists()
+
+
+def _cache(run: Any) -> str:
+    return str(run.path / dpo.CACHE_FILE)
+
+
+def test_dpo_6_what_was_cached_from_something_else_is_refused(
+    world: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = {**DPO, "model.reference": "cached", "trainer.max_steps": 1}
+    cache = {"model.reference_cache": _cache(world.fit(options))}
+    other = world.fit({**DPO, "trainer.max_steps": 2})
+    longer = records("preference", size=18)
+    tokenizer = _with_another_tokenizer(world)
+    for changes, reason in (
+        ({"model.model": str(other.path)}, "another reference model"),
+        ({"model.model": tokenizer}, "another train data"),
+        ({"data.path": world.write("longer.jsonl", longer)}, "another train data"),
+        ({"data.val_path": world.write("val.jsonl", longer)}, "another val data"),
+        ({"data.max_length": 12}, "another train data"),
+        ({"trainer.precision": "64-true"}, "another precision"),
+    ):
+        world.fit({**options, **cache, **changes}, code=2)
+        assert reason in capsys.readouterr().err
+    damaged = tmp_path / "cache.safetensors"
+    damaged.write_bytes(b"no such thing")
+    world.fit({**options, "model.reference_cache": str(damaged)}, code=2)
+    assert "is damaged" in capsys.readouterr().err
+
+
+def _with_another_tokenizer(world: Any) -> str:
+    """The SFT model with two tokens that have changed places."""
+    folder = world.root / "other_tokenizer"
+    folder.mkdir()
+    for file in (world.root / "sft" / "model").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [word for word in vocabulary if word.strip("Ġ▁ ").isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return str(folder)
+
+
+def test_dpo_6_a_resumed_run_reads_its_own_cache(world: Any) -> None:
+    options = {**DPO, "model.reference": "cached", "trainer.max_epochs": 2}
+    whole = world.fork(options)
+    stopped = world.fork(options, stop_at=4, code=130)
+    resumed = world.fork(options, "--resume", name=stopped.path.name)
+    assert resumed.rows == whole.rows
+    assert all(torch.equal(values, whole.weights[name]) for name, values in resumed.weights.items())
+
+
+def test_dpo_6_two_processes_share_the_pass(world: Any) -> None:
+    options = {**DPO, **DOUBLE, "model.reference": "cached", "trainer.max_epochs": 1}
+    one = world.fork(options)
+    both = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.batch_size": 4, "data.eval_batch_size": 4}
+    two = world.fork({**options, **both}, processes=2)
+    assert two.rows[0] == pytest.approx(one.rows[0], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(REFERENCE_FREE))
+def test_dpo_9_losses_without_a_reference_load_none(world: Any, name: str) -> None:
+    gc.collect()
+    before = sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+    module = world.ready({**DPO, **EVERY[name]})
+    assert module.frozen is None
+    assert set(module.parameter_roles()) == {"policy"}
+    gc.collect()
+    found = sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+    assert found - before == sum(isinstance(part, PreTrainedModel) for part in module.modules())
+
+
+# ---------------------------------------------------------------------- what is refused
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model.loss_type": "sigmiod"}, "unknown model.loss_type 'sigmiod'; did you mean 'sigmoid'?"),
+        ({"model.loss_type": []}, "model.loss_type is empty"),
+        ({"model.loss_type": ["ipo", "ipo"]}, "names a loss twice"),
+        ({"model.loss_type": ["ipo", "hinge"], "model.loss_weights": [1.0]}, "1 numbers for 2 losses"),
+        ({"model.loss_type": ["sigmoid", "kto"]}, "mixes kto"),
+        ({"model.loss_type": "ipo", "model.label_smoothing": 0.1}, "loss_type ipo does not use it"),
+        ({"model.loss_type": ["hinge", "odpo"], "model.simpo_gamma": 1.0}, "loss_type [hinge, odpo] does not use it"),
+        ({"model.loss_type": "slic", "model.beta": 0.2}, "model.beta is 0.2, but loss_type slic does not use it"),
+        ({"model.label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
+        ({"model.beta": 0.0}, "model.beta is 0.0"),
+        ({"model.reference": "none"}, "loss_type sigmoid compares with one"),
+        ({"model.loss_type": "simpo", "model.reference": "model"}, "loss_type simpo uses none"),
+        ({"model.reference_cache": "file"}, "set model.reference cached too"),
+        ({**KTO, "data.batch_size": 1}, "data.batch_size is 1: KTO compares"),
+        ({"model.loss_type": "odpo", "data.margin": "none"}, "odpo needs to know by how much"),
+        ({"data.ties": "davidson"}, "data.ties is davidson"),
+        ({"model.dropout": 0.1}, "dropout"),
+    ],
+)
+def test_dpo_11_options_that_cannot_be_meant_are_refused(
+    world: Any, capsys: pytest.CaptureFixture[str], options: dict[str, Any], message: str
+) -> None:
+    run = world.fit({**DPO, **options}, code=2)
+    assert message in capsys.readouterr().err
+    assert not run.path.exists()
+
+
+def test_kto_warns_where_good_and_bad_answers_are_out_of_balance(world: Any) -> None:
+    rows = records("unpaired", size=40)
+    good, bad = ([row for row in rows if row["label"] is label][:8] for label in (True, False))
+    options = {**DPO, **KTO, "data.path": world.write("unbalanced.jsonl", [*good, *bad[:4]]), "trainer.max_steps": 1}
+    with pytest.warns(UserWarning, match="between 0.5 and 0.667"):
+        world.fit(options)
+
+
+@pytest.mark.parametrize("changes", [{"label": True}, {"prompt": "say so :"}])
+def test_kto_refuses_records_that_are_all_alike(world: Any, changes: dict[str, Any]) -> None:
+    rows = [{**row, **changes} for row in records("unpaired", size=16)]
+    world.fit({**DPO, **KTO, "data.path": world.write("alike.jsonl", rows)}, code=2)
+
+
+def test_a_preference_file_serves_kto_too(world: Any) -> None:
+    run = world.fit({**DPO, "model.loss_type": "kto", "trainer.max_steps": 1})
+    assert run.row(1, "loss")["loss"] == pytest.approx(0.5, rel=1e-5)
+
+
+# ---------------------------------------------------------------------- the objective by itself
+class Fixed:
+    """A policy whose answers have these log-probs."""
+
+    def __init__(self, logp: Tensor, length: Tensor, ref_logp: Tensor | None = None) -> None:
+        self.found = AnswerStats(logp, length, None, None), ref_logp
+
+    def answers(self, batch: Any, *, measure: bool = True) -> tuple[AnswerStats, Tensor | None]:
+        return self.found
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        return value
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        return items
+
+
+def test_dpo_2_likelihood_terms_are_means_over_the_tokens_of_the_chosen() -> None:
+    cases = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["cases"]
+    case, outputs = cases["dpo"]["inputs"], cases["dpo"]["outputs"]
+    sides = (("chosen", "rejected"), ("len_c", "len_r"))
+    columns = [torch.tensor(case[a] + case[b], dtype=torch.float64) for a, b in sides]
+    one = torch.ones(3)
+    batch = {
+        **{"pair_chosen": torch.arange(3), "pair_rejected": torch.arange(3, 6), "pair_weight": one, "pair_label": one},
+        **{"pair_margin": one, "score": torch.full((6,), torch.nan), "response_weight": torch.ones(6)},
+        **{"attention_mask": torch.ones(6, 2), "window_weight": torch.tensor(3.0)},
+        "window_chosen_tokens": torch.tensor(float(sum(case["len_c"]))),
+    }
+    for name, beta, weight in (("cpo", 0.1, 0.4), ("orpo", case["orpo_lambda"], 1.0)):
+        objective = PairObjective([Term(name, 1.0, {"beta": beta}, weight)])
+        loss, sums = objective.loss(Fixed(*columns), batch)
+        expected = outputs[name]["loss"] + weight * outputs["nll_chosen_token_mean"]
+        assert float(loss) / 3 == pytest.approx(expected, rel=1e-10)
+        assert float(sums["nll_loss"][0] / sums["nll_loss"][1]) == pytest.approx(outputs["nll_chosen_token_mean"])
+        ratios = {key: float(a / b) for key, (a, b) in objective.evaluate(Fixed(*columns), batch).items()}
+        assert objective.eval_metrics(Fixed(*columns), ratios)["loss"] == pytest.approx(expected, rel=1e-10)
