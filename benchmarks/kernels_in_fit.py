@@ -35,7 +35,8 @@ from lightning_align.playground import records
 
 LARGE, SMALL, WORDS = 128_256, 8_192, 512
 ON, OFF = "kernels", "plain PyTorch"
-CLOCKS = ("time/", "eps", "perf/", "epoch")  # beginnings of the names of metrics that no two runs share
+# beginnings of the names of metrics that no two runs share: times, and what is itself a measure of rounding
+OWN = ("time/", "eps", "perf/", "epoch", "sampling/")
 SAMPLED = ("completions/mean_length", "lab/proxy")  # the playground scores words: equal for equal samples
 METHODS: dict[str, Mapping[str, Any]] = {
     "SFT": {
@@ -111,7 +112,7 @@ def curves(run: Path) -> list[dict[str, float]]:
     """Rows of a run's metrics that another run of the same configuration must have too."""
     with (run / "metrics.csv").open(encoding="utf-8") as file:
         return [
-            {name: float(value) for name, value in row.items() if value and not name.startswith(CLOCKS)}
+            {name: float(value) for name, value in row.items() if value and not name.startswith(OWN)}
             for row in csv.DictReader(file)
         ]
 

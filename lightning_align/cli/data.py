@@ -47,15 +47,18 @@ def inspect(argv: Sequence[str]) -> None:
         raise UserError("--max_length and --loss_on are about tokens: give --model too")
     columns = dict(options.columns)
     loaded = _load(options, options.kind or _detect(options.path, options.split, columns), columns)
-    index = _index(options.record, len(loaded.records))
-    shown = _as_json(loaded.records[index]) if options.model is None else _as_tokens(loaded, index, options)
+    index = _index(1 if options.record is None else options.record, len(loaded.records))
+    if options.model is None:
+        shown = _as_json(loaded.records[index])
+    else:
+        index, shown = _as_tokens(loaded, index, options)
     from lightning_align.data.describe import describe
 
     print("\n".join(loaded.report.lines()))
     if loaded.report.bad:
         print(f"  bad records: {loaded.report.bad:,}; the first would stop a run without on_bad_record: skip")
     print("fields:", *describe(loaded.records), sep="\n")
-    print(f"record {options.record} ({loaded.places[index]}):")
+    print(f"record {index + 1} ({loaded.places[index]}):")
     print(shown)
 
 
@@ -64,7 +67,7 @@ def _inspect_parser() -> OptionParser:
     parser.add_argument("path", help="file, folder, saved dataset, hub id or playground")
     parser.add_argument("--kind", help="kind of records (default: what the first record's fields say)")
     _add_reading(parser, on_bad_record="skip")
-    parser.add_argument("--record", type=int, default=1, help="which record to show, from 1")
+    parser.add_argument("--record", type=int, help="which record to show, from 1 (the first that can be)")
     parser.add_argument("--model", help="count and show this model's tokens: run directory, local path or hub id")
     parser.add_argument("--max_length", type=int, help=f"longest sequence in tokens ({MAX_LENGTH}, as in training)")
     parser.add_argument("--loss_on", choices=("completion", "assistant", "all"), help="see SFTDataModule (completion)")
@@ -91,25 +94,51 @@ def _as_json(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, indent=2, default=str)
 
 
-def _as_tokens(loaded: "Loaded", index: int, options: Namespace) -> str:
-    """A record token by token; the report gets the counts of all of them."""
+def _as_tokens(loaded: "Loaded", index: int, options: Namespace) -> tuple[int, str]:
+    """A record token by token, and its index; the report gets the counts of all of them."""
     from rich.console import Console
 
     from lightning_align.data.inspect import render_record
     from lightning_align.data.tables import Limit
+    from lightning_align.data.templates import ConversationError
     from lightning_align.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)
-    kind = loaded.report.kind
     loss_on: LossOn = options.loss_on or "completion"
-    max_length = MAX_LENGTH if options.max_length is None else options.max_length
-    if max_length < 1:
-        raise UserError(f"--max_length is {max_length}: give at least 1")
+    max_length = _max_length(loaded, tokenizer, options)
     _count_tokens(loaded, tokenizer, Limit(max_length, "truncate"), loss_on)
-    console = Console(highlight=False)
-    with console.capture() as capture:
-        console.print(render_record(loaded.records[index], kind, tokenizer, loss_on=loss_on, max_length=max_length))
-    return capture.get().rstrip("\n")
+    refused = None
+    for shown in range(len(loaded.records)) if options.record is None else [index]:
+        try:
+            tables = render_record(
+                loaded.records[shown], loaded.report.kind, tokenizer, loss_on=loss_on, max_length=max_length
+            )
+        except ConversationError as error:
+            refused = refused or error
+            continue
+        console = Console(highlight=False)
+        with console.capture() as capture:
+            console.print(tables)
+        return shown, capture.get().rstrip("\n")
+    assert refused is not None
+    every = "" if options.record is not None else ", and no other record can be used either"
+    raise UserError(f"{loaded.places[index]}: {refused.reason}{every}") from refused
+
+
+def _max_length(loaded: "Loaded", tokenizer: "PreTrainedTokenizerBase", options: Namespace) -> int:
+    """Longest sequence in tokens: what is asked for or the model's own limit, as in training."""
+    from lightning_align.models.loading import load_config, max_positions
+    from lightning_align.models.sources import resolve_source
+
+    asked: int = MAX_LENGTH if options.max_length is None else options.max_length
+    if asked < 1:
+        raise UserError(f"--max_length is {asked}: give at least 1")
+    limit = max_positions(load_config(resolve_source(options.model), tokenizer))
+    if limit is None or limit >= asked:
+        return asked
+    room = "; with a prompt, fit leaves room for model.max_new_tokens" if loaded.report.kind == "prompt" else ""
+    loaded.report.note("longest sequence", f"{limit} tokens, as the model takes no more{room}")
+    return limit
 
 
 def _count_tokens(loaded: "Loaded", tokenizer: "PreTrainedTokenizerBase", limit: "Limit", loss_on: "LossOn") -> None:

@@ -25,6 +25,7 @@ GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 DOCUMENT_END = "<|endoftext|>"
 # A longer text becomes several documents: it could be neither shuffled nor split otherwise.
 DOCUMENT_CHARACTERS = 1 << 16
+WRAPPERS = ("data", "records", "examples", "rows")  # whose list is what was meant
 _BREAKS = (re.compile(r"\n[ \t]*\n+"), re.compile(r"\n"), re.compile(r"\s"))
 
 
@@ -151,15 +152,31 @@ def _json_line(line: bytes) -> dict[str, Any] | RecordError:
 
 def _object(value: Any) -> dict[str, Any] | RecordError:
     if isinstance(value, dict):
-        return value
+        name, content = next(iter(value.items()), ("", None))
+        if len(value) > 1 or name not in WRAPPERS or not _are_records(content):
+            return value
+        return RecordError(name, "holds the records", "write them alone: a list, or one a line")
+    if _are_records(value) and "role" in value[0]:
+        return RecordError(None, "is a bare list of turns", 'write {"messages": […]}')
+    if _are_records(value) and "from" in value[0]:
+        return RecordError(None, "is a bare list of turns", 'write {"conversations": […]}')
     return RecordError(None, "is no object", 'a record is written {"field": …}', found=type(value).__name__)
 
 
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def _json(stream: BinaryIO, name: str) -> Iterator[Row]:
-    """A list of objects; or JSON Lines, which people call .json too."""
+    """A list of objects, or one object; or JSON Lines, which people call .json too."""
     text = _decode(stream.read(), name)
     if text.lstrip()[:1] != "[":
-        yield from _json_lines(io.BytesIO(text.encode()), name)
+        try:
+            only = json.loads(text)
+        except (ValueError, RecursionError):
+            yield from _json_lines(io.BytesIO(text.encode()), name)
+        else:
+            yield Row(f"{name} record 1", _object(only))
         return
     try:
         values = json.loads(text)

@@ -55,7 +55,7 @@ def _split_text(chosen: str, rejected: str) -> Record:
     if shared and chosen[shared - 1] == " ":
         shared -= 1
     if not chosen[:shared].strip():
-        raise RecordError("prompt", "is missing", "chosen and rejected share no beginning that could be the prompt")
+        raise RecordError(None, "chosen and rejected share no beginning", "give the prompt as a field of its own")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
@@ -65,7 +65,9 @@ def _split_messages(chosen: list[Record], rejected: list[Record]) -> Record:
     while start and not all(len(side) > start and side[start]["role"] == "assistant" for side in (chosen, rejected)):
         start -= 1
     if not start:
-        raise RecordError("prompt", "is missing", "chosen and rejected share no turn that both answer")
+        raise RecordError(
+            None, "chosen and rejected share no turn that both answer", "give the prompt as a field of its own"
+        )
     return {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
 
 

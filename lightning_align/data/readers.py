@@ -79,9 +79,13 @@ def detect_source_kind(
     """
     if path == "playground":
         return None
+    bad: Row | None = None
     for row in open_source(path, wanted, split, None).rows:
         if not isinstance(row.fields, RecordError):
             return detect_kind(_fields(row, columns or {}))
+        bad = bad or row
+    if bad is not None:
+        raise UserError(f"{bad.place}: {bad.fields}; no other record can be read either")
     return None
 
 

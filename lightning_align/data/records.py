@@ -133,6 +133,7 @@ def _message(name: str, number: int, message: Any) -> Record:
     role, content = present["role"], present.get("content", "" if "tool_calls" in present else None)
     if role not in ROLES:
         raise RecordError(name, "has an unknown role", f"roles are {', '.join(ROLES)}", found=f"{role!r} in {where}")
+    content = _joined_parts(name, where, content)
     if not isinstance(content, str):
         raise RecordError(
             name, "has a message whose content is not a text", "write a text", found=f"{where}: {_shown(content)}"
@@ -140,6 +141,18 @@ def _message(name: str, number: int, message: Any) -> Record:
     if content.strip():
         check_text(name, content)
     return {**present, "content": content}
+
+
+def _joined_parts(name: str, where: str, content: Any) -> Any:
+    """The text of a content that is written as a list of parts; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise RecordError(
+            name, "has a message with a part that is no text", 'parts are {"type": "text", "text": …}', found=where
+        )
+    return "".join(texts)  # type: ignore[arg-type] # all are texts
 
 
 def _number(name: str, value: Any) -> float:

@@ -94,6 +94,7 @@ def read_adapter(network: PreTrainedModel, folder: Path) -> frozenset[str]:
             "train it again, or bring back the model it was trained on"
         )
     config.modules_to_save = None  # peft would keep the old ones beside them
+    config.lora_dropout = 0.0  # which was of the run that trained it
     try:
         inject(network, config)
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_align.errors import UserError
@@ -60,6 +61,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(earlier)
         else:
             os.replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write the model to {folder}: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

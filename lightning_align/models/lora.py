@@ -99,9 +99,9 @@ def inject(network: PreTrainedModel, config: LoraConfig) -> None:
 
 def _targets(network: PreTrainedModel, wanted: str | list[str], partly: bool) -> list[str]:
     """Full names of the layers to adapt."""
-    decoder = network.base_model
     output = network.get_output_embeddings()
-    inner = [name for name, module in network.named_modules() if _is_linear(module) and _inside(module, decoder)]
+    decoder = {id(module) for module in network.base_model.modules()}
+    inner = [name for name, module in network.named_modules() if _is_linear(module) and id(module) in decoder]
     if wanted == ALL_LINEAR:
         if not inner:
             raise UserError(f"{type(network).__name__} has no plain linear layers that an adapter could be added to")
@@ -127,10 +127,6 @@ def _targets(network: PreTrainedModel, wanted: str | list[str], partly: bool) ->
 
 def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
-
-
-def _inside(module: nn.Module, decoder: nn.Module) -> bool:
-    return any(part is module for part in decoder.modules())
 
 
 def lora_layers(network: nn.Module) -> dict[str, LoraLinear]:
@@ -248,7 +244,7 @@ def fingerprint_of_base(module: nn.Module) -> str:
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // SAMPLES)].to("cpu", torch.bfloat16)
+            sample = values[:: max(1, len(values) // SAMPLES)].to("cpu", torch.bfloat16).contiguous()
             digest.update(f"{name.replace('.base_layer.', '.')} {tuple(parameter.shape)}".encode())
             digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()

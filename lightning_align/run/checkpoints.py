@@ -22,7 +22,7 @@ from lightning_align.run.signals import Interrupted, StopRequest
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place and waits for the disk; Lightning writes to ``$TMPDIR`` and copies."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # type: ignore[override]
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """A killed process leaves the old file or the new one."""
         with replacing(Path(path)) as file:
             torch.save(checkpoint, file)

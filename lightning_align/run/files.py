@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +36,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.replace(temporary, path)
             sync(path.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what was wrong before is what counts
+            temporary.unlink()
         raise
 
 

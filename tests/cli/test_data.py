@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,40 @@ def test_inspect_with_a_model_counts_tokens_and_shows_one_record_in_them(
     rows = [line.split() for line in table.rstrip().splitlines()[2:]]
     assert rows[-1] == [str(lengths[2] - 1), "1", "<eos>", "yes", "completion,", "added", "EOS"]
     assert sum(row[-1] == "cut" for row in rows) == lengths[2] - 12
+
+
+def test_inspect_counts_as_fit_does_where_the_model_takes_less(
+    scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str
+) -> None:
+    make_model(scratch.root / "small", tokenizer=make_tokenizer(template=chatml))  # 128 positions
+    scratch.write("long.jsonl", [{"prompt": "a " * 80 * number, "completion": " b"} for number in (1, 1, 2, 2, 2, 2)])
+    looked = scratch.done("data", "inspect", "long.jsonl", "--model", "small").out
+    words = [*scratch.fit_words_on("long.jsonl", "sft"), "--model.model=small", "--data.max_length=1024"]
+    planned = scratch.done(*words, "--data.val_fraction=0", "--dry-run").out
+    counts = [
+        re.findall(r"longest sequence: \d+ tokens, as the model takes no more|tokens: .*|records truncated: \d+", out)
+        for out in (looked, planned)
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0][0].startswith("longest sequence: 128 tokens")
+    assert "records truncated: 6" in counts[0]
+
+
+def test_inspect_shows_the_first_record_that_the_template_takes(
+    scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str
+) -> None:
+    strict = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + chatml
+    make_model(scratch.root / "strict", tokenizer=make_tokenizer(template=strict))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    refused = {"messages": [{"role": "system", "content": "s"}, *turns]}
+    scratch.write("chats.jsonl", [refused, {"messages": turns}])
+    look = ["data", "inspect", "chats.jsonl", "--model", "strict"]
+    out = scratch.done(*look).out
+    assert re.search(r"dropped: 1 .*no system.* \(first: chats\.jsonl line 1\)", out)
+    assert "record 2 (chats.jsonl line 2):\n" in out
+    assert re.match(r"chats\.jsonl line 1: .*no system", scratch.refused(*look, "--record", "1"))
+    scratch.write("chats.jsonl", [refused, refused])
+    assert re.match(r"chats\.jsonl line 1: .*no system.*, and no other record can", scratch.refused(*look))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -77,11 +77,10 @@ def test_texts_are_split_as_trl_does(prompt: str, chosen: str, rejected: str) ->
 
 
 def test_sides_without_a_prompt() -> None:
-    assert fault("preference", chosen="yes", rejected="no") == "field prompt: is missing"
-    assert fault("preference", chosen=[assistant("a")], rejected=[assistant("b")]) == "field prompt: is missing"
-    assert fault("preference", chosen=[user("a"), assistant("c")], rejected=[user("b"), assistant("c")]) == (
-        "field prompt: is missing"
-    )
+    assert fault("preference", chosen="yes", rejected="no") == "chosen and rejected share no beginning"
+    apart = "chosen and rejected share no turn that both answer"
+    assert fault("preference", chosen=[assistant("a")], rejected=[assistant("b")]) == apart
+    assert fault("preference", chosen=[user("a"), assistant("c")], rejected=[user("b"), assistant("c")]) == apart
     assert fault("preference", chosen="The sky", rejected="The sky is") == "field chosen: is empty"
     assert fault("preference", chosen="same", rejected="same") == "field rejected: equals chosen"
     assert fault("preference", chosen="", rejected="same") == "field chosen: is empty"
@@ -132,7 +131,9 @@ def test_hh_transcripts_that_cannot_be_used() -> None:
     good = "\n\nHuman: a\n\nAssistant: b"
     assert fault("preference", chosen="\n\nHuman: a\n\nAssistant: ", rejected=good) == "field chosen: is empty"
     assert fault("preference", chosen=good, rejected="\n\nHuman: a") == "field rejected: ends with the human's turn"
-    assert fault("preference", chosen=good, rejected="\n\nHuman: b\n\nAssistant: b") == "field prompt: is missing"
+    assert fault("preference", chosen=good, rejected="\n\nHuman: b\n\nAssistant: b") == (
+        "chosen and rejected share no turn that both answer"
+    )
     assert fault("preference", chosen="", rejected=good) == "field chosen: is empty"
 
 

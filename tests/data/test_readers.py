@@ -174,6 +174,22 @@ def test_json_files_hold_a_list_or_lines(tmp_path: Path) -> None:
     assert load_records(write(path, *RECORDS), "sft").places[1] == "a.json line 2"
 
 
+def test_what_stands_around_records_or_is_missing_around_turns_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps({"data": RECORDS}, indent=indent))
+        assert fault(path).startswith("a.json record 1: field data: holds the records; write them alone: a list, or")
+        with pytest.raises(UserError, match=r"a\.json record 1: field data: holds the records; .* no other record"):
+            detect_source_kind(str(path))
+    path.write_text(json.dumps(RECORDS[0], indent=1))
+    assert load_records(str(path), "sft").records == RECORDS[:1]
+    turns = tmp_path / "turns.jsonl"
+    turns.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) + "\n")
+    assert fault(turns).startswith('turns.jsonl line 1: is a bare list of turns; write {"messages": […]}')
+    turns.write_text(json.dumps([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]) + "\n")
+    assert fault(turns).startswith('turns.jsonl line 1: is a bare list of turns; write {"conversations": […]}')
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
 def test_a_compressed_file_that_was_cut_off(suffix: str, tmp_path: Path) -> None:
     write_records(RECORDS * 2000, tmp_path / f"a{suffix}")

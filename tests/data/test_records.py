@@ -66,8 +66,8 @@ BAD = [
     (
         "prompt",
         "prompt",
-        [{"role": "user", "content": [{"type": "image"}]}],
-        "has a message whose content is not a text",
+        [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]}],
+        "has a message with a part that is no text",
     ),
     ("prompt", "is_safety", 1, "is neither true nor false"),
     ("preference", "chosen", [], "is empty"),
@@ -160,3 +160,9 @@ def test_whatever_comes_is_a_record_or_a_record_error(kind: Any, whole: bool, ch
     except RecordError:
         return
     assert repr(validate(kind, record)) == repr(record)  # NaN may stand in a further column
+
+
+def test_texts_in_parts_become_one() -> None:
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "a dog.", "image": None}]
+    asked = {"role": "user", "content": parts}
+    assert validate("prompt", {"prompt": [asked]})["prompt"] == [{"role": "user", "content": "Name a dog."}]

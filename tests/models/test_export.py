@@ -1,5 +1,6 @@
 """Exports are whole or not there."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from lightning_align.errors import UserError
 from lightning_align.models.export import save_model
 from lightning_align.models.tokenizer_training import train_tokenizer
 
@@ -46,12 +48,16 @@ def test_an_export_replaces_an_earlier_one_whole(make: Make, tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_failed_export_leaves_the_earlier_one(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_the_earlier_one(make: Make, tmp_path: Path) -> None:
+    """Files may not grow beyond 5,000 bytes, as if the disk were full."""
     save_model(make("llama"), TOKENIZER, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    other = make("qwen2")
-    monkeypatch.setattr(other, "save_pretrained", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_model(other, TOKENIZER, tmp_path / "model")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write the model to .*model: .*File too large"):
+            save_model(make("llama", hidden_size=64), TOKENIZER, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before

@@ -308,6 +308,8 @@ def test_a_fingerprint_heeds_weights_and_no_adapter_or_dtype(make: Make) -> None
         fingerprint_of_base(add_lora(make("llama").to(dtype), OPTIONS)) for dtype in (torch.double, torch.bfloat16)
     ]
     assert len(set(prints)) == 1
+    wide = nn.Linear(64, 64).requires_grad_(False)  # of which only a sample is read
+    assert fingerprint_of_base(wide) == fingerprint_of_base(copy.deepcopy(wide).bfloat16())
     with torch.no_grad():
         network.model.norm.weight[-1] += 0.1
     assert fingerprint_of_base(network) != prints[0]

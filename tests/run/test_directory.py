@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -192,3 +193,27 @@ def test_what_a_killed_process_left_of_a_new_run_is_removed(tmp_path: Path) -> N
     run = opened(tmp_path)
     assert {path.name for path in run.path.iterdir()} == {"checkpoints", "config.yaml", "run.json", ".lock"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_failed_run_says_so_even_where_there_is_no_room_for_another_file(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, "a")
+    run.open("x: 1\n", seed=3, parents=[])
+    (run.path / ".run.json.tmp").mkdir()  # so that nothing can be written beside it
+    run.end(status="failed", error="no room")
+    status = read_status(run.path)
+    assert (status["status"], status["error"]) == ("failed", "no room")
+    run.close()
+
+
+def test_what_cannot_be_written_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*file: File too large; make room"):
+            write_atomically(path, "x" * 2_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert [child.name for child in tmp_path.iterdir()] == ["file"]
