@@ -119,13 +119,21 @@ class _LinearLogProbs(torch.autograd.Function):
         column = index[:, None]
         peak = z.amax(1)
         below_peak = z.gather(1, column)[:, 0].sub_(peak)
-        logp, lse, _ = from_largest(below_peak, peak, torch.softmax(z, 1, out=z))
-        entropies = torch.special.entr(z).sum(1) if entropy else None
-        if entropies is not None:
+        entropies = None
+        if entropy:
+            shifted = z.sub_(peak[:, None])
+            p = torch.softmax(shifted, 1)
+            logp, lse, log_sum = from_largest(below_peak, peak, p)
+            entropies = log_sum - torch.linalg.vecdot(p, shifted)
+            if not _finite(entropies):  # 0·(−inf) must be 0
+                entropies = log_sum - torch.linalg.vecdot(p, shifted.clamp_(min=LEAST_LOG_P))
             ctx.mark_non_differentiable(entropies)
+        else:
+            p = torch.softmax(z, 1, out=z)
+            logp, lse, _ = from_largest(below_peak, peak, p)
         if any(ctx.needs_input_grad):
-            mark(z, column, logp)
-            ctx.save_for_backward(hidden, weight, index, inside, z)
+            mark(p, column, logp)
+            ctx.save_for_backward(hidden, weight, index, inside, p)
             ctx.temperature = temperature
             ctx.set_materialize_grads(False)
         return logp if inside is None else only(logp, inside), lse, entropies
