@@ -47,7 +47,8 @@ class DPOModule(AlignModule):
             null is each loss's own: 0.1, of ``hinge`` 0.05, ``dpop`` 0.3, ``simpo`` 2, ``sigmoid_norm`` 5.
         label_smoothing: Probability that a label is wrong (``sigmoid``, ``robust``, ``simpo``, ``cpo``).
         reference: What log-probs are compared with: the ``model`` as it was at the start (with ``lora_r`` no copy,
-            but the model without its adapters), or its log-probs ``cached`` before training, so that it leaves memory; ``none`` for losses that need none; ``auto`` is one or the other.
+            but the model without its adapters), or its log-probs ``cached`` before training, so that it leaves memory;
+            ``none`` for losses that need none; ``auto`` is one or the other.
         reference_cache: File of the cached log-probs; by default in the run directory.
         rpo_alpha: Weight of the chosen answers' negative log-likelihood a token, beside any loss (2404.19733).
         ipo_average: ``ipo`` of means over tokens, as its authors compute it; false for sums, as they write it.

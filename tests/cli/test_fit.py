@@ -124,7 +124,7 @@ def test_options_of_the_playground_left_in_a_configuration_are_reported(scratch:
 
 
 def test_a_run_without_a_name_gets_one_and_overwrite_starts_again(scratch: Any) -> None:
-    scratch.done(*scratch.fit_words("sft"))
+    scratch.done(*scratch.fit_words("sft"), "--run.name=null")  # the playground's configurations have names
     (run,) = (path for path in (scratch.root / "runs").iterdir() if path.name.startswith("sft-"))
     assert re.fullmatch(r"sft-\d{8}-\d{6}-\d+", run.name)
     created = scratch.status(run.name)["created"]

@@ -96,15 +96,16 @@ def test_reward_model_on_hh_harmless(scratch: Any, instructed: str) -> None:
 
 @pytest.mark.parametrize("config", ["reward", "dpo"])
 def test_adapters_on_hh_harmless(scratch: Any, instructed: str, config: str) -> None:
+    name = f"{config}_lora"
     words = [f"--model.model={instructed}", f"--data.path={DATA / 'hh_harmless.jsonl.gz'}", *FEW, "--model.lora_r=4"]
     words += ["--data.on_bad_record=skip", "--data.val_fraction=0.1", "--trainer.limit_val_batches=2"]
-    said = fit(scratch, config, config, *words)
-    assert f"{'policy' if config == 'dpo' else config} 0.00 M, base 0.04 M" in said
-    scratch.done("fit", "--resume", f"--run.name={config}", "--trainer.max_steps=3")
-    losses = [float(row["loss"]) for row in scratch.metrics(config) if row["loss"]]
+    said = fit(scratch, config, name, *words)
+    assert " 0.00 M, base 0.03 M" in said  # adapters, and what they are added to
+    scratch.done("fit", "--resume", f"--run.name={name}", "--trainer.max_steps=3")
+    losses = [float(row["loss"]) for row in scratch.metrics(name) if row["loss"]]
     assert len(losses) == 3
     auto_class = AutoModelForCausalLM if config == "dpo" else AutoModelForSequenceClassification
-    auto_class.from_pretrained(scratch.root / "runs" / config / "model")
+    auto_class.from_pretrained(scratch.root / "runs" / name / "model")
 
 
 def test_ppo_on_gsm8k_with_a_python_function(scratch: Any, instructed: str) -> None:
