@@ -99,6 +99,7 @@ def test_adapters_on_hh_harmless(scratch: Any, instructed: str, config: str) -> 
     name = f"{config}_lora"
     words = [f"--model.model={instructed}", f"--data.path={DATA / 'hh_harmless.jsonl.gz'}", *FEW, "--model.lora_r=4"]
     words += ["--data.on_bad_record=skip", "--data.val_fraction=0.1", "--trainer.limit_val_batches=2"]
+    words += ["--trainer.max_epochs=2"]
     said = fit(scratch, config, name, *words)
     assert " 0.00 M, base 0.03 M" in said  # adapters, and what they are added to
     scratch.done("fit", "--resume", f"--run.name={name}", "--trainer.max_steps=3")
