@@ -228,6 +228,18 @@ class LikeTRL(PPOModule):
         advantages, returns = gae(rewards, experience.values, mask=slots, gamma=self.gamma, lam=self.lam)
         return replace(experience, rewards=rewards, advantages=self.whiten(advantages, mask), returns=returns)
 
+    def estimates(
+        self, kl: Tensor, values: Tensor, scores: Tensor, mask: Tensor, bootstrap: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Step by step, so that :meth:`whiten` can follow TRL's convention; otherwise as it is."""
+        if "variance" not in self.conventions:
+            return super().estimates(kl, values, scores, mask, bootstrap)
+        rewards = shaped_rewards(kl, mask, scores, kl_coef=self.kl_controller.value)
+        if self.whiten_rewards:
+            rewards = self.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask=mask, gamma=self.gamma, lam=self.lam, bootstrap=bootstrap)
+        return rewards, self.whiten(advantages, mask), returns
+
     def value_objective(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:
         if "slot" not in self.conventions:
             return super().value_objective(experience, normaliser)
