@@ -29,6 +29,8 @@ B, T, H, V = 3, 4, 5, 37
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "CACHE_BYTES", 512)
     monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(plain, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(plain, "LEAST_BLOCK_ROWS", 2)
 
 
 @pytest.fixture(params=["triton"] if INTERPRETING else ["native", "plain"])

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align_kernels._labels import locate, only
+from align_kernels._labels import chunks, locate, only
 from align_kernels.native import LEAST_LOG_P, Wanted, from_largest, mark
 
 # Up to so many logits a call is dominated by what Python costs.
 FEW_LOGITS = 2**20
+# Logits of a block that stays in a core's cache, and rows below which products lose speed.
+BLOCK_LOGITS = 2**18
+LEAST_BLOCK_ROWS = 128
+NARROW = 128  # hidden size
 
 Stats: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
 
@@ -113,23 +117,15 @@ class _LinearLogProbs(torch.autograd.Function):
         temperature: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        z = F.linear(hidden, weight, bias)
-        if temperature != 1.0:
-            z.mul_(1 / temperature)
         column = index[:, None]
-        peak = z.amax(1)
-        below_peak = z.gather(1, column)[:, 0].sub_(peak)
-        entropies = None
         if entropy:
-            shifted = z.sub_(peak[:, None])
-            p = torch.softmax(shifted, 1)
-            logp, lse, log_sum = from_largest(below_peak, peak, p)
-            entropies = log_sum - torch.linalg.vecdot(p, shifted)
-            if not _finite(entropies):  # 0·(−inf) must be 0
-                entropies = log_sum - torch.linalg.vecdot(p, shifted.clamp_(min=LEAST_LOG_P))
+            p, logp, lse, entropies = _with_entropy(hidden, weight, bias, column, temperature)
             ctx.mark_non_differentiable(entropies)
         else:
-            p = torch.softmax(z, 1, out=z)
+            z = _logits(hidden, weight, bias, temperature)
+            peak = z.amax(1)
+            below_peak = z.gather(1, column)[:, 0].sub_(peak)
+            p, entropies = torch.softmax(z, 1, out=z), None
             logp, lse, _ = from_largest(below_peak, peak, p)
         if any(ctx.needs_input_grad):
             mark(p, column, logp)
@@ -152,10 +148,47 @@ class _LinearLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         return (
             (marked @ weight).mul_(scale[:, None]) if needs_hidden else None,
-            marked.T @ (hidden * scale[:, None]) if needs_weight else None,
+            _weight_gradient(marked, hidden * scale[:, None]) if needs_weight else None,
             marked.T @ scale if needs_bias else None,
             *(None,) * 4,
         )
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    z = F.linear(hidden, weight, bias)
+    return z if temperature == 1.0 else z.mul_(1 / temperature)
+
+
+def _with_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, column: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities, log-probs of the labels' columns, log-sums and entropies, block by block.
+
+    The entropy needs logits beside probabilities. A second array of all logits would cost more than the rest together:
+    the allocator gives such arrays back to the system and gets every page anew.
+    """
+    p = hidden.new_empty(len(hidden), len(weight))
+    found = []
+    for part in chunks(len(hidden), max(LEAST_BLOCK_ROWS, BLOCK_LOGITS // len(weight))):
+        z = _logits(hidden[part], weight, bias, temperature)
+        peak = z.amax(1)
+        below_peak = z.gather(1, column[part])[:, 0].sub_(peak)
+        shifted = z.sub_(peak[:, None])
+        rows = torch.softmax(shifted, 1, out=p[part])
+        logp, lse, log_sum = from_largest(below_peak, peak, rows)
+        entropy = log_sum - torch.linalg.vecdot(rows, shifted)
+        if not _finite(entropy):  # 0·(−inf) must be 0
+            entropy = log_sum - torch.linalg.vecdot(rows, shifted.clamp_(min=LEAST_LOG_P))
+        found.append((logp, lse, entropy))
+    logp, lse, entropy = (torch.cat(values) for values in zip(*found, strict=True))
+    return p, logp, lse, entropy
+
+
+def _weight_gradient(marked: Tensor, hidden: Tensor) -> Tensor:
+    """``[V, H]`` of ``[n, V]`` and ``[n, H]``; for narrow layers and many rows the transposed product is faster."""
+    if hidden.shape[1] <= NARROW and len(marked) >= marked.shape[1]:
+        return (hidden.T @ marked).T.contiguous()
+    return marked.T @ hidden
 
 
 def _finite(values: Tensor) -> bool:
