@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.kl import k1, sequence_kl
@@ -27,7 +27,8 @@ from lightning_align.methods.measures import (
     score_columns,
     with_deviations,
 )
-from lightning_align.models.loading import Parameters, count_parameters
+from lightning_align.models.heads import RewardModel
+from lightning_align.models.loading import Parameters
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.models.lora import WithoutAdapter, share_frozen
 from lightning_align.rewards.base import Reward, Scores
@@ -215,7 +216,7 @@ class OnlineModule(AlignModule):
         """Parameters of a reward model, but for those that it has in common with the policy's base."""
         if self.lora is not None and shares_base(source, self.source):
             return stored_adapter(source)
-        return count_parameters(source, auto_class=AutoModelForSequenceClassification, dtype="auto")
+        return RewardModel.count(source)
 
     def setup_sampling(self) -> None:
         """Move the frozen models to the device and build the sampler."""

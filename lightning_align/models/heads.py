@@ -13,9 +13,17 @@ from transformers import (
 )
 
 from lightning_align.errors import UserError
-from lightning_align.models.loading import Loaded, load_causal_lm, load_network
+from lightning_align.models.loading import (
+    Loaded,
+    Parameters,
+    count_parameters,
+    has_architecture,
+    load_causal_lm,
+    load_config,
+    load_network,
+)
 from lightning_align.models.masks import attention_inputs, predictable_tokens
-from lightning_align.models.sources import resolve_source
+from lightning_align.models.sources import base_of_adapter, resolve_source
 
 HEAD = "score.weight"
 # How raw scores leave a reward model: as they are, minus the reference set's mean, divided by its deviation too, or in
@@ -67,10 +75,18 @@ class RewardModel(nn.Module):
         """
         loaded = _load_classifier(source, None, dtype, merge=merge)
         if HEAD in loaded.missing:
-            raise UserError(f"{source} has no score head: it is a language model, not a reward model")
+            raise _is_language_model(source)
         if loaded.missing:
             raise _incomplete(source, loaded)
         return cls(loaded.network)
+
+    @staticmethod
+    def count(source: str) -> Parameters:
+        """Parameters of a trained reward model; :class:`UserError` if its configuration is a language model's."""
+        stored = resolve_source(source)
+        if base_of_adapter(stored) is None and has_architecture(load_config(stored), "ForCausalLM", "LMHeadModel"):
+            raise _is_language_model(source)
+        return count_parameters(source, auto_class=AutoModelForSequenceClassification, dtype="auto")
 
     @property
     def head(self) -> nn.Linear:
@@ -215,6 +231,10 @@ def _load_classifier(
         config_changes=changes,
         merge=merge,
     )
+
+
+def _is_language_model(source: str) -> UserError:
+    return UserError(f"{source} has no score head: it is a language model, not a reward model")
 
 
 def _incomplete(source: str, loaded: Loaded) -> UserError:

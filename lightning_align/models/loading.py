@@ -135,7 +135,7 @@ def load_causal_lm(
     loaded = load_network(AutoModelForCausalLM, source, tokenizer=tokenizer, dtype=dtype, dropout=dropout)
     name = type(loaded.network).__name__
     if "score.weight" in loaded.unexpected:
-        raise UserError(f"{source} is a reward model (it has a score head), but a language model is wanted here")
+        raise _is_reward_model(source)
     if loaded.missing:
         raise UserError(
             f"{source} does not hold the weights of a {name}: {len(loaded.missing)} are missing, "
@@ -198,9 +198,21 @@ def empty_network(
     """
     _check_weights_file(source)
     config = load_config(resolve_source(source), tokenizer)
+    if auto_class is AutoModelForCausalLM and has_architecture(config, "ForSequenceClassification"):
+        raise _is_reward_model(source)
     config.num_labels = 1
     with torch.device("meta"), quiet_transformers():
         return auto_class.from_config(config, trust_remote_code=False)
+
+
+def has_architecture(config: PretrainedConfig, *endings: str) -> bool:
+    """Whether the configuration of stored weights names an architecture, and each that it names ends like this."""
+    names = config.architectures or []
+    return bool(names) and all(name.endswith(endings) for name in names)
+
+
+def _is_reward_model(source: str) -> UserError:
+    return UserError(f"{source} is a reward model (it has a score head), but a language model is wanted here")
 
 
 def load_config(

@@ -130,6 +130,7 @@ def test_a_tokenizer_without_eos_is_refused_and_one_without_pad_is_told(
 )
 def test_model_of_another_sort(desk: Any, words: list[str], line: str, offline: None) -> None:
     assert desk.refused(*desk.fit_words(words[0]), "--run.name=new", *words[1:]).startswith(line)
+    assert desk.refused(*desk.fit_words(words[0]), "--dry-run", *words[1:]).startswith(line)
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """Real records through the whole line: public files that lie beside the repository, where they are there."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,35 @@ def test_adapters_on_hh_harmless(scratch: Any, instructed: str, config: str) -> 
     assert len(losses) == 3
     auto_class = AutoModelForCausalLM if config == "dpo" else AutoModelForSequenceClassification
     auto_class.from_pretrained(scratch.root / "runs" / name / "model")
+
+
+def test_a_corrupted_copy_of_hh_harmless_ends_in_one_report(scratch: Any, instructed: str) -> None:
+    with gzip.open(DATA / "hh_harmless.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(80), strict=False)]
+    lines = [json.dumps(row).encode() for row in rows]
+    first, second = rows[10], rows[20]
+    lines[10] = json.dumps({"chosen": first["chosen"]}).encode()
+    lines[20] = json.dumps({"chosen": second["chosen"], "rejected": second["chosen"]}).encode()
+    lines[30] = b'{"prompt": "x", "chosen": [{"role": "robot", "content": "a"}], "rejected": "b"}'
+    lines[40] = json.dumps({**rows[40], "chosen": rows[40]["chosen"] + " on" * 70_000}).encode()
+    lines[50] = rb'{"chosen": "\n\nHuman: caf' + b"\xff" + rb'", "rejected": ""}'
+    lines[60] = lines[60][:50]
+    (scratch.root / "corrupted.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    words = [f"--model.model={instructed}", "--data.path=corrupted.jsonl", *FEW, "--data.val_fraction=0"]
+    words += ["--trainer.limit_val_batches=0"]
+    line = scratch.refused("fit", "--config=configs/playground/dpo.yaml", *QUICK, *words, "--run.name=refused")
+    assert line.startswith("corrupted.jsonl line 11: field rejected: is missing (there is chosen); ")
+    said = fit(scratch, "dpo", "corrupted", *words, "--data.on_bad_record=skip")
+    assert "80 records read from 1 file, 75 of kind preference kept" in said
+    for line, reason in (
+        (11, "field rejected: is missing"),
+        (21, "field rejected: equals chosen"),
+        (31, "field chosen: has an unknown role"),
+        (51, "the line is not UTF-8 text"),
+        (61, "the line is not valid JSON"),
+    ):
+        assert f"dropped: 1 {reason} (first: corrupted.jsonl line {line})" in said
+    assert re.search(r"tokens cut: \d{2,3},\d{3}", said)  # the answer of 200 kB among them
 
 
 def test_ppo_on_gsm8k_with_a_python_function(scratch: Any, instructed: str) -> None:
