@@ -104,8 +104,10 @@ def read_pipeline(options: argparse.Namespace) -> Pipeline:
 
 
 def _members(where: str, name: str, spec: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage itself; or, with ``members: K``, ``name_1`` to ``name_K``, which differ in their seed alone."""
+    """The stage itself; or, with ``members: K``, ``name_1`` to ``name_K``: other seeds, with ``folds`` other data."""
     if not isinstance(spec, dict) or "members" not in spec:
+        if isinstance(spec, dict) and "folds" in spec:
+            raise UserError(f"{where} has folds, which are for stages with 'members'")
         return {name: spec}
     count = spec["members"]
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
@@ -117,8 +119,15 @@ def _members(where: str, name: str, spec: Any, defaults: Mapping[str, Any]) -> d
         raise UserError(
             f"{where} has seed_everything {seed!r}: give a whole number, from which the members' seeds follow"
         )
-    rest = {key: value for key, value in spec.items() if key != "members"}
-    return {f"{name}_{i + 1}": {**rest, "seed_everything": seed + MEMBER_STRIDE * i} for i in range(count)}
+    folds = spec.get("folds", False)
+    if not isinstance(folds, bool):
+        raise UserError(f"{where} has folds {folds!r}: give true, and each member leaves out another part of the data")
+    rest = {key: value for key, value in spec.items() if key not in ("members", "folds")}
+    members = {}
+    for i in range(count):
+        fold = {"data.leave_out": f"{i + 1}/{count}"} if folds else {}
+        members[f"{name}_{i + 1}"] = {**rest, **fold, "seed_everything": seed + MEMBER_STRIDE * i}
+    return members
 
 
 @dataclass

@@ -39,6 +39,8 @@ class BaseDataModule(L.LightningDataModule):
         val_path: Source of the validation records.
         val_fraction: Share of the records that is held out where the source has no validation split. The choice depends
             on the prompts alone, and records of one prompt stay together.
+        leave_out: A part of the training records that is not used, by prompts: ``2/5`` for the second of five. So the
+            members of an ensemble can differ in what they have seen.
         batch_size: Elements per process and micro-batch.
         eval_batch_size: The same in evaluations; ``batch_size`` if not given.
         max_length: Longest sequence in tokens; what the model can take limits it too.
@@ -61,6 +63,7 @@ class BaseDataModule(L.LightningDataModule):
         columns: dict[str, str] | None = None,
         val_path: str | None = None,
         val_fraction: float = 0.05,
+        leave_out: str | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 1024,
@@ -81,6 +84,7 @@ class BaseDataModule(L.LightningDataModule):
         self.columns = columns
         self.val_path = val_path
         self.val_fraction = val_fraction
+        self.leave_out = None if leave_out is None else _fold(leave_out)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.max_length = max_length
@@ -158,6 +162,7 @@ class BaseDataModule(L.LightningDataModule):
                 self.source_kind(),
                 val_path=self.val_path,
                 val_fraction=self.val_fraction,
+                leave_out=self.leave_out,
                 columns=self.columns,
                 on_bad_record=self.on_bad_record,
                 playground=self.playground,
@@ -281,6 +286,14 @@ class BaseDataModule(L.LightningDataModule):
         self._restored = state_dict["train_loader"]
         if self._train_loader is not None:
             self._train_loader.load_state_dict(self._restored)
+
+
+def _fold(text: str) -> tuple[int, int]:
+    """(k, K) of ``k/K``."""
+    fold, _, folds = text.partition("/")
+    if not (fold.isdecimal() and folds.isdecimal() and 1 <= int(fold) <= int(folds) and int(folds) > 1):
+        raise UserError(f"data.leave_out is {text!r}: give a part and the number of parts, such as 2/5")
+    return int(fold), int(folds)
 
 
 def _check_something_is_left(counts: Counts, path: str, split: str) -> None:

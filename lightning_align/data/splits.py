@@ -33,6 +33,7 @@ class Splits:
         kind: Kind of the records.
         val_path: Another source, for validation.
         val_fraction: Share of the records to hold out.
+        leave_out: (k, K): nobody sees the k-th, from 1, of K parts of the training records.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Splits:
         *,
         val_path: str | None,
         val_fraction: float,
+        leave_out: tuple[int, int] | None,
         columns: Mapping[str, str] | None,
         on_bad_record: Literal["error", "skip"],
         playground: Mapping[str, Any],
@@ -50,6 +52,7 @@ class Splits:
         self.kind = kind
         self.val_path = val_path
         self.val_fraction = val_fraction
+        self.leave_out = leave_out
         self.columns = columns
         self.on_bad_record = on_bad_record
         self.playground = playground
@@ -76,6 +79,8 @@ class Splits:
                 self._splits["train"] = loaded
             else:
                 self._hold_out(loaded)
+            if self.leave_out is not None:
+                self._splits["train"] = self._without_fold(self._splits["train"], *self.leave_out)
 
     def _load(self, path: str, split: SplitName) -> Split:
         options = dict(self.playground) if path == PLAYGROUND else None
@@ -108,6 +113,13 @@ class Splits:
         said = f"{count(sum(held), 'record')} held out ({share})" if any(held) else "no records are held out"
         self.report.note("val", said)
 
+    def _without_fold(self, split: Split, fold: int, folds: int) -> Split:
+        kept = [index for index, record in enumerate(split.records) if _hash(record) % folds != fold - 1]
+        assert self.report is not None
+        missing = count(len(split.records) - len(kept), "record")
+        self.report.note("left out", f"{missing}, part {fold} of {folds} by the prompts (data.leave_out)")
+        return _select(split, kept)
+
 
 def _select(split: Split, indices: Sequence[int]) -> Split:
     return Split([split.records[index] for index in indices], [split.places[index] for index in indices])
@@ -130,11 +142,15 @@ def hold_out(records: Sequence[Mapping[str, Any]], fraction: float) -> list[bool
 
 def _number(record: Mapping[str, Any]) -> float:
     """Evenly distributed on [0, 1), the same for the same prompt."""
+    return _hash(record) / 2**64
+
+
+def _hash(record: Mapping[str, Any]) -> int:
+    """64 bits of the prompt, of which the last say nothing of the first."""
     content = next(record[name] for name in ("text", "prompt", "messages") if name in record)
     if "messages" in record:
         content = _question(content)
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
+    return int.from_bytes(hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).digest())
 
 
 def _question(messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

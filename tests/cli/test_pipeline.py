@@ -246,9 +246,20 @@ def test_members_differ_in_their_seed_and_are_read_as_a_list(recorder: Recorder)
     assert recorder.stages()[:2] == ["reward_2", "ppo"]
 
 
+def test_members_of_folds_leave_out_another_part_each(recorder: Recorder) -> None:
+    Path("p.yaml").write_text(MEMBERS.replace("members: 3", "members: 3, folds: true"))
+    assert pipeline.main(ARGS) == 0
+    _, *members, _, _ = recorder.commands
+    for number, words in enumerate(members, 1):
+        assert f"--data.leave_out={number}/3" in words
+        assert f"--seed_everything={3 + 1000 * (number - 1)}" in words
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
+        ("members: 3", "folds: true", "stage 'reward' has folds, which are for stages with 'members'"),
+        ("members: 3", "members: 3, folds: 4", "stage 'reward' has folds 4: give true"),
         ("members: 3", "members: 1", "stage 'reward' has members 1: give a number of runs, at least 2"),
         ("members: 3", "members: 3, seed_everything: x", "stage 'reward' has seed_everything 'x': give a whole number"),
         ("${reward.models}", "${sft.models}", "${sft.models} needs an earlier stage 'sft' with 'members'"),

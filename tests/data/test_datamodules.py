@@ -1,6 +1,7 @@
 """From a path to batches: the playground, small files, real data; with Lightning's Trainer where that matters."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,25 @@ def test_no_prompt_is_on_both_sides(module: Any, tmp_path: Path) -> None:
     assert len(val) >= 3
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in val}
     assert f"{len(val)} records held out (20.0% of the prompts, by data.val_fraction)" in datamodule.report.notes["val"]
+
+
+def test_each_record_is_left_out_of_one_fold(module: Any, tmp_path: Path) -> None:
+    records = [{"prompt": f"question {i // 2}", "completion": f" {i}"} for i in range(200)]
+    path = write(tmp_path / "a.jsonl", records)
+    whole = prepared(SFTDataModule(path=path, val_fraction=0.2), module())
+    seen: Counter[str] = Counter()
+    for fold in (1, 2, 3):
+        datamodule = prepared(SFTDataModule(path=path, val_fraction=0.2, leave_out=f"{fold}/3"), module())
+        assert datamodule.splits.read("val") == whole.splits.read("val")
+        kept = datamodule.splits.read("train").records
+        prompts = {record["prompt"] for record in kept}
+        assert len(kept) == 2 * len(prompts)  # records of a prompt stay together
+        assert 80 < len(kept) < 130  # about two thirds of 160
+        missing = len(whole.splits.read("train").records) - len(kept)
+        assert f"{missing} records, part {fold} of 3 by the prompts" in datamodule.report.notes["left out"]
+        seen.update(record["completion"] for record in kept)
+    assert set(seen.values()) == {2}
+    assert set(seen) == {record["completion"] for record in whole.splits.read("train").records}
 
 
 def test_no_question_of_a_conversation_is_on_both_sides() -> None:
@@ -402,6 +422,8 @@ def test_cache_gives_the_same_batches(
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"max_length": 0}, "data.max_length is 0"),
         ({"val_fraction": 1.0}, "data.val_fraction is 1.0"),
+        ({"leave_out": "6/5"}, "data.leave_out is .6/5.: give a part"),
+        ({"leave_out": "half"}, "data.leave_out is .half."),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
