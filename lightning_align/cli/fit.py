@@ -103,7 +103,12 @@ def train(cli: AlignCLI, stop: StopRequest, run: RunDirectory, resume: bool) -> 
         check_unchanged(cli, run.path / CONFIG_FILE)
         check_parents(run.path, find_parents(config.as_dict()))
     checkpoint = starting_point(run, config.ckpt_path, resume)
-    run_trainer("fit", fit_trainer(cli, run, stop), cli, checkpoint)
+    trainer = fit_trainer(cli, run, stop)
+    run_trainer("fit", trainer, cli, checkpoint)
+    (saved,) = (callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoints))  # type: ignore[attr-defined]
+    if saved.step == saved.resumed_from:
+        limit = "model.iterations" if isinstance(cli.model, OnlineModule) else "trainer.max_epochs or max_steps"
+        warnings.warn(f"nothing was trained: {run.path} is at step {saved.step}, where {limit} ends it", stacklevel=1)
 
 
 def run_directory(cli: AlignCLI) -> tuple[RunDirectory, bool]:

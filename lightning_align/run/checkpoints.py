@@ -61,18 +61,19 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         self.every = every
         self.label = label
         self.stop = stop
-        self._step = 0
+        self.step = 0
+        self.resumed_from: int | None = None
         self._saved: int | None = None
         self._rewind: Mapping[str, int] = {"metrics": 0, "samples": 0}
 
     def state_dict(self) -> dict[str, Any]:
         """What the files hold at this moment."""
-        return {"files": self.files.state_dict(), "step": self._step}
+        return {"files": self.files.state_dict(), "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep until the run is opened."""
         self._rewind = state_dict["files"]
-        self._step = self._saved = state_dict["step"]
+        self.step = self.resumed_from = self._saved = state_dict["step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the trainer write files our way."""
@@ -82,6 +83,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         """Data and models are good: now the run may write."""
         if trainer.is_global_zero:
             self.run.open(self.config, **self.facts)
+            self.run.update(step=self.step)
             if self.run.resume:
                 self.files.rewind(self._rewind)
         trainer.strategy.barrier("run directory")
@@ -95,7 +97,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
 
     def on_boundary(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Save what is due; then stop if a signal came."""
-        self._step = step
+        self.step = step
         self._save_labelled(trainer)
         stopping = self.stop.requested
         if trainer.world_size > 1:  # all processes must stop at the same step, whichever got the signal
@@ -108,7 +110,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The end is always saved, so that a finished run can be prolonged."""
         self.stop.defer(False)
-        if self._saved != self._step:
+        if self._saved != self.step:
             self._save_last(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -122,7 +124,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         if self.run.opened:
             stopped = isinstance(exception, Interrupted)
             error = None if stopped else f"{type(exception).__name__}: {exception}"
-            self.run.end(status="interrupted" if stopped else "failed", step=self._step, error=error)
+            self.run.end(status="interrupted" if stopped else "failed", step=self.step, error=error)
 
     def _save_labelled(self, trainer: Trainer) -> None:
         label = self.label()
@@ -131,9 +133,9 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save(trainer, self.run.last_checkpoint.name)
-        self._saved = self._step
+        self._saved = self.step
         if trainer.is_global_zero:
-            self.run.update(step=self._step)
+            self.run.update(step=self.step)
 
     def _save(self, trainer: Trainer, name: str, *, weights_only: bool = False) -> None:
         self.files.sync()  # a checkpoint knows how many rows there are

@@ -139,6 +139,8 @@ def test_a_finished_run_can_be_prolonged(scratch: Any) -> None:
     steps = [row["step"] for row in scratch.metrics("longer") if row["loss"]]
     assert steps == ["1", "2", "3", "4", "5"]
     assert scratch.status("longer")["resumed"] == 1
+    with pytest.warns(UserWarning, match="nothing was trained: runs/longer is at step 5, where trainer.max_epochs or"):
+        scratch.done("fit", "--resume", "--run.name=longer")
 
 
 def test_a_checkpoint_of_another_run_can_be_the_start(scratch: Any) -> None:
