@@ -177,3 +177,18 @@ def test_comp_6_helpfulness_alone_costs_safety_that_the_gate_keeps(playground: P
         f"to {difference + 1.96 * error:+.3f} over prompts, one seed; true helpfulness {helpfulness}"
     )
     assert difference > 1.96 * error
+
+
+def test_dpo_12_preference_optimisation_wins_against_its_start(playground: Playground) -> None:
+    playground.sft()
+    playground.fit("dpo", "dpo", model__model=playground.root / "sft")
+    out = playground.root / "dpo.json"
+    models = [f"--model={playground.root / 'dpo'}", f"--against={playground.root / 'sft'}"]
+    assert (
+        run(["evaluate", *models, "--data=playground", "--num_samples=4", "--max_new_tokens=24", f"--out={out}"]) == 0
+    )
+    policy = json.loads(out.read_text())["policies"][0]
+    wins, kl = policy["against"]["win_rate"], policy["metrics"]["kl"]
+    print(f"DPO-12 win rate {wins['value']:.3f}, 95 % interval {wins['ci']}, at KL {kl['value']:.2f} (budget 1)")
+    assert wins["ci"][0] > 0.5
+    assert kl["value"] < 1.0

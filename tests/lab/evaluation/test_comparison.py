@@ -1,0 +1,88 @@
+"""Win rates: golden vectors, both orders, ties; and with the advantage of length taken away."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_align.lab.evaluation.comparison import both_orders, consistency, per_prompt, score_judge, verdicts
+from lightning_align.lab.evaluation.length_control import length_controlled
+
+CASES = json.loads((Path(__file__).parents[2] / "golden" / "golden.json").read_text())["cases"]
+
+
+def test_golden_win_rate() -> None:
+    case = CASES["winrate"]
+    a_first, b_first = (np.array(case["inputs"][name], dtype=float) for name in ("a_first", "b_first"))
+    results = both_orders(a_first, b_first)
+    assert results.tolist() == case["outputs"]["per_prompt"]
+    assert results.mean() == pytest.approx(case["outputs"]["win_rate"], rel=1e-12)
+    assert consistency(a_first, b_first).mean() == case["outputs"]["consistency"]
+
+
+@pytest.mark.parametrize("tie_eps", [0.0, 0.3])
+def test_eval_2_win_rates_of_both_sides_add_up_to_one(tie_eps: float) -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(size=(50, 4)), draw.normal(0.3, 1, size=(50, 3)).round(1)
+    ours = per_prompt(both_orders(*score_judge(a, b, tie_eps=tie_eps)))
+    theirs = per_prompt(both_orders(*score_judge(b, a, tie_eps=tie_eps)))
+    np.testing.assert_allclose(ours + theirs, 1.0, rtol=1e-12)
+    assert per_prompt(both_orders(*score_judge(a, a[:, ::-1], tie_eps=tie_eps))).mean() == pytest.approx(0.5)
+
+
+def test_eval_3_a_judge_with_pure_position_bias() -> None:
+    always_first = np.ones(40)
+    assert both_orders(always_first, always_first).mean() == 0.5
+    assert consistency(always_first, always_first).mean() == 0.0
+
+
+def test_a_judge_that_scores_is_consistent() -> None:
+    a, b = np.array([[1.0, 2.0]]), np.array([[1.0]])
+    a_first, b_first = score_judge(a, b)
+    assert a_first.tolist() == [[[0.5], [1.0]]]
+    assert b_first.tolist() == [[[0.5], [0.0]]]
+    assert consistency(a_first, b_first).tolist() == [[[1.0], [1.0]]]
+
+
+def test_the_tie_band_includes_its_edge_and_what_has_no_score_stays_out() -> None:
+    first, second = np.array([1.0, 1.5, 1.6, np.nan]), np.array([1.0, 1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(verdicts(first, second, tie_eps=0.5), [0.5, 0.5, 1.0, np.nan])
+    results = both_orders(*score_judge(first[:, None], second[:, None]))
+    np.testing.assert_array_equal(per_prompt(results), [0.5, 1.0, 1.0, np.nan])
+
+
+# ------------------------------------------------------------------ length
+def judged_by_length(means: list[float], prompts: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    """Verdicts of a judge who likes the longer answer, more surely the longer it is, of models of these lengths."""
+    draw = np.random.default_rng(1)
+    difference = np.array([draw.normal(mean, 1.0, prompts) for mean in means])
+    chance = 1 / (1 + np.exp(-2 * np.tanh(difference / difference.std())))
+    return (draw.random(difference.shape) < chance).astype(float), difference
+
+
+def test_eval_7_a_length_only_judge_sees_no_difference_at_equal_length() -> None:
+    results, difference = judged_by_length([-1.5, 0.5, 2.0])
+    assert results.mean(1) == pytest.approx([0.2, 0.6, 0.8], abs=0.1)
+    for rate in length_controlled(results, difference, replicates=50):
+        assert rate.value == pytest.approx(0.5, abs=0.03)
+        assert rate.low < 0.5 < rate.high
+
+
+def test_swapping_gives_the_rest_and_a_model_against_itself_a_half() -> None:
+    draw = np.random.default_rng(2)
+    difference = draw.normal(0.5, 1, (1, 200))
+    results = (draw.random((1, 200)) < 0.7).astype(float)
+    (ours,) = length_controlled(results, difference, replicates=20)
+    (theirs,) = length_controlled(1 - results, -difference, replicates=20)
+    assert ours.value + theirs.value == pytest.approx(1, abs=1e-9)
+    (same,) = length_controlled(np.full((1, 200), 0.5), difference, replicates=20)
+    assert same.value == pytest.approx(0.5, abs=1e-12)
+
+
+def test_without_a_difference_in_length_it_is_the_win_rate() -> None:
+    results = np.array([[1.0] * 14 + [0.0] * 6])
+    (rate,) = length_controlled(results, np.zeros((1, 20)), replicates=20)
+    assert rate.value == pytest.approx(0.7, abs=1e-6)
+    (certain,) = length_controlled(np.ones((1, 20)), np.zeros((1, 20)), replicates=20)
+    assert certain.value > 0.99
