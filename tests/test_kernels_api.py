@@ -1,5 +1,6 @@
 """Arguments that are refused, before anything is launched; which implementation runs; what importing costs."""
 
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "labels that are floats": (TypeError, "labels is torch.float32", lambda: stats(labels=ONES)),
     "logits that are integers": (TypeError, "logits is torch.int64", lambda: stats(X.long())),
     "label above": (ValueError, "7 at row 0 is outside the vocabulary of 7", lambda: stats(labels=L + 7)),
+    "label just above": (ValueError, "7 at row 0", lambda: linear(labels=torch.full((4,), 7))),
     "label below": (ValueError, "-1 at row 0", lambda: stats(labels=L - 1)),
     "label above, by the reference": (
         ValueError,
@@ -73,6 +75,19 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "rows has 2 tokens, but mask counts 4",
         lambda: linear(mask=ALL, rows=L[:2]),
     ),
+    "rows beyond the tokens": (
+        ValueError,
+        "rows are 0 … 4: they must be indices of 4",
+        lambda: linear(rows=torch.tensor([0, 4])),
+    ),
+    "rows below zero": (ValueError, "rows are -1 … 2", lambda: linear(rows=L - 1)),
+    "temperature to be learned": (
+        ValueError,
+        "temperature requires a gradient",
+        lambda: linear(temperature=torch.ones((), requires_grad=True)),
+    ),
+    "implementation without a name": (ValueError, "impl is 'fast'", lambda: K.why_not("gae", "fast", "cpu")),
+    "operation without a name": (ValueError, "op is 'gea'", lambda: K.why_not("gea", "native", "cpu")),
     "rows that are int32": (TypeError, "rows is torch.int32", lambda: linear(rows=L.int())),
     "vocabulary of another length": (
         ValueError,
@@ -90,6 +105,13 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "KL without a reference": (ValueError, "needs ref_logp", lambda: policy(kl_coef=0.1)),
     "importance without the sampler": (ValueError, "needs rollout_logp", lambda: policy(tis_cap=2.0)),
     "sequence ratio without sequences": (ValueError, "need seq_ids", lambda: policy(ratio="sequence")),
+    "negative clip": (ValueError, "clip_low is -0.1", lambda: policy(clip_low=-0.1)),
+    "infinite soft-cap": (
+        ValueError,
+        "softcap is inf: it must be positive",
+        lambda: policy(softcap=math.inf),
+    ),
+    "sums of integers": (TypeError, "accum_dtype is torch.int32", lambda: policy(accum_dtype=torch.int32)),
     "dual clip inside the clip": (ValueError, "clip_ratio_c is 1.1", lambda: policy(clip_ratio_c=1.1)),
     "normaliser of zero": (ValueError, "normalizer is 0", lambda: policy(normalizer=0.0)),
     "sequences of another shape": (ValueError, "seq_ids is", lambda: K.preference_logps(H, W, L, IDS[:2], 1)),

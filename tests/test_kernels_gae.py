@@ -6,6 +6,9 @@ Under ``TRITON_INTERPRET=1`` the same tests run the Triton kernel (test_kernels_
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -304,6 +307,21 @@ def test_v_trace_on_policy_is_gae(impl: str) -> None:
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
+@with_reference
+def test_v_trace_of_a_huge_ratio_is_its_bound_and_of_nan_is_nan(impl: str) -> None:
+    rewards, values = torch.ones(1, 2), torch.zeros(1, 2)
+    huge = gae(rewards, values, lam=1.0, vtrace=VTrace(torch.full((1, 2), 1e3), 2.0, 1.0), impl=impl)[0]
+    assert huge.tolist() == [[4.0, 2.0]]
+    assert gae(rewards, values, vtrace=VTrace(torch.tensor([[math.nan, 0.0]])), impl=impl)[0].isnan().tolist() == [
+        [True, False]
+    ]
+
+
+def test_a_lazily_negated_tensor_is_read_as_it_looks(impl: str) -> None:
+    rewards, values = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
+    assert torch.equal(gae(torch._neg_view(rewards), values, impl=impl)[0], gae(-rewards, values, impl=impl)[0])
+
+
 def test_results_are_the_same_every_time(impl: str) -> None:
     rewards, values, mask = rollout(9, 4, 40, dtype=torch.float32)
     first, second = (gae(rewards, values, mask=mask, impl=impl) for _ in range(2))
@@ -393,6 +411,25 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch,
         scan_compiled.library.__wrapped__(torch.float32)
     monkeypatch.setenv("ALIGN_KERNELS_CPU_COMPILE", "0")
     assert scan_compiled.problem.__wrapped__() == "ALIGN_KERNELS_CPU_COMPILE=0 turns compiled code off"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_a_compiler_of_another_language_is_a_reason_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "g++")
+    with pytest.raises(OSError, match=r"what g\+\+ made of scan\.c has no function gae"):
+        scan_compiled.library.__wrapped__(torch.float32)
+
+
+@pytest.mark.skipif(scan_compiled.problem() is not None, reason="there is no C compiler")
+def test_a_damaged_library_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = "from align_kernels import scan_compiled; assert scan_compiled.problem() is None, scan_compiled.problem()"
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+    for kept in (tmp_path / "align_kernels").iterdir():
+        kept.write_bytes(b"")  # as a crash may leave it
+    subprocess.run([sys.executable, "-c", source], check=True, timeout=120)
+    assert all(kept.stat().st_size for kept in (tmp_path / "align_kernels").iterdir())
 
 
 @pytest.mark.skipif(scan_compiled.problem() is not None, reason="there is no C compiler")

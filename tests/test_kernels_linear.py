@@ -20,29 +20,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import align_kernels as K
-from align_kernels import _config, gemm, native, ops, plain
+from align_kernels import _config, few_logits, gemm, native, ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 IMPL = "triton" if INTERPRETING else "native"
 EXACT = torch.float32 if INTERPRETING else torch.float64
 BOUND = 2e-5 if INTERPRETING else 1e-10
 EXAMPLES = 8 if INTERPRETING else 60
+UPSTREAM = (1.0, -0.5, 0.25, 0.0)  # of log-prob, entropy, KL and log-sum
 PER_FUNCTION = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that cross several blocks and passes even when short; no plain path."""
+    """Rows that cross several blocks and passes even when short; no path for few logits."""
     monkeypatch.setattr(_config, "LARGEST", 32)
     monkeypatch.setattr(_config, "SMALLEST", 16)
     monkeypatch.setattr(native, "CACHE_BYTES", 512)
-    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
 
 
-@pytest.fixture(params=["native", "plain"] if not INTERPRETING else ["triton"])
+@pytest.fixture(params=["native", "few logits"] if not INTERPRETING else ["triton"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(plain, "FEW_LOGITS", 2**20)
+    if request.param == "few logits":
+        monkeypatch.setattr(few_logits, "FEW_LOGITS", 2**20)
         return "native"
     return request.param
 
@@ -60,7 +61,7 @@ def some_labels(rows: int, vocabulary: int) -> Tensor:
 
 
 def compute(
-    tensors: dict[str, Tensor], labels: Tensor, upstream: tuple[float, ...] = (1.0, -0.5, 0.25, 0.0), **options: Any
+    tensors: dict[str, Tensor], labels: Tensor, upstream: tuple[float, ...] = UPSTREAM, **options: Any
 ) -> tuple[K.TokenStats, list[Tensor | None]]:
     """Statistics, and gradients of hidden states, weight and bias for per-token upstream gradients."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
@@ -81,12 +82,14 @@ def assert_same(actual: tuple[Any, list[Any]], expected: tuple[Any, list[Any]], 
             torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=bound * scale)
 
 
-def exact(tensors: dict[str, Tensor], labels: Tensor, **options: Any) -> tuple[K.TokenStats, list[Tensor | None]]:
+def exact(
+    tensors: dict[str, Tensor], labels: Tensor, upstream: tuple[float, ...] = UPSTREAM, **options: Any
+) -> tuple[K.TokenStats, list[Tensor | None]]:
     if options.get("ref") is not None:
         ref = options["ref"]
         options["ref"] = ref._replace(hidden=ref.hidden.double(), weight=ref.weight.double())
     wide = {name: x.double() for name, x in tensors.items()}
-    return compute(wide, labels, impl="reference", **options)
+    return compute(wide, labels, upstream, impl="reference", **options)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=PER_FUNCTION)
@@ -114,6 +117,16 @@ def test_any_shape_mode_and_option(impl: str, data: st.DataObject) -> None:
     }
     modes = {"save": data.draw(st.sampled_from(["logits", "recompute"]), "save"), "chunk_bytes": 2 * vocabulary * 8}
     assert_same(compute(tensors, labels, impl=impl, **modes, **options), exact(tensors, labels, **options), 5 * BOUND)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("save", ["logits", "recompute"])
+def test_log_probs_alone_have_every_gradient(impl: str, save: str, masked: bool) -> None:
+    options: dict[str, Any] = {"temperature": 0.7, "mask": torch.arange(9) % 3 > 0 if masked else None}
+    for upstream in ((1.0, 0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.5)):
+        arguments = (layer(), some_labels(9, 37), upstream)
+        found = compute(*arguments, impl=impl, save=save, chunk_bytes=2 * 37 * 8, **options)
+        assert_same(found, exact(*arguments, **options))
 
 
 @pytest.mark.parametrize("save", ["logits", "recompute"])
@@ -171,11 +184,11 @@ def test_repeated_runs_are_bitwise_equal_and_a_second_derivative_is_an_error(sav
     tensors, labels = layer(dtype=torch.float32), some_labels(9, 37)
     runs = [compute(tensors, labels, entropy=True, save=save, impl=IMPL)[1] for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True) if a is not None)  # type: ignore[arg-type]
-    hidden = tensors["hidden"].requires_grad_()
-    logp = K.linear_token_logprobs(hidden, tensors["weight"], labels, save=save, impl=IMPL).logp.sum()
-    (gradient,) = torch.autograd.grad(logp, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+    below = tensors["hidden"].requires_grad_()
+    # what stands below gives the gradient a graph of its own, in which nothing would be missed
+    logp = K.linear_token_logprobs(below.tanh(), tensors["weight"], labels, entropy=True, save=save, impl=IMPL)
+    with pytest.raises(RuntimeError, match=r"first derivatives only|no autograd formula"):
+        torch.autograd.grad((logp.logp + logp.entropy).sum(), below, create_graph=True)[0].sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import align_kernels as K
-from align_kernels import plain
+from align_kernels import few_logits
 
 ROWS, WIDTH, VOCABULARY = 12, 8, 37
 
@@ -71,7 +71,7 @@ def _rank(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], few: i
         store = dist.FileStore(f"{folder}/store", 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
         torch.set_num_threads(1)
-        plain.FEW_LOGITS = few
+        few_logits.FEW_LOGITS = few
         x, labels = batch()
         whole = Scored()
         whole(x, labels).mean().backward()
@@ -87,7 +87,7 @@ def _rank(rank: int, folder: str, wrap: Callable[[nn.Module], nn.Module], few: i
         raise
 
 
-@pytest.mark.parametrize("few", [plain.FEW_LOGITS, 0], ids=["few", "chunks"])
+@pytest.mark.parametrize("few", [few_logits.FEW_LOGITS, 0], ids=["few", "chunks"])
 @pytest.mark.parametrize("wrap", [replicated, sharded])
 def test_two_processes_have_the_gradients_of_one(
     wrap: Callable[[nn.Module], nn.Module], few: int, tmp_path: Path

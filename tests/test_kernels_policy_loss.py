@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import align_kernels as K
-from align_kernels import gemm, native, plain, policy_terms
+from align_kernels import few_logits, gemm, native, policy_terms
 from align_kernels.policy_ops import policy_loss_op
 from lightning_align.losses.policy import ppo_policy_loss
 
@@ -28,15 +28,15 @@ B, T, H, V = 3, 4, 5, 37
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "CACHE_BYTES", 512)
-    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
-    monkeypatch.setattr(plain, "BLOCK_LOGITS", 1)
-    monkeypatch.setattr(plain, "LEAST_BLOCK_ROWS", 2)
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
+    monkeypatch.setattr(few_logits, "BLOCK_LOGITS", 1)
+    monkeypatch.setattr(few_logits, "LEAST_BLOCK_ROWS", 2)
 
 
-@pytest.fixture(params=["triton"] if INTERPRETING else ["native", "plain"])
+@pytest.fixture(params=["triton"] if INTERPRETING else ["native", "few logits"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(plain, "FEW_LOGITS", 2**20)
+    if request.param == "few logits":
+        monkeypatch.setattr(few_logits, "FEW_LOGITS", 2**20)
         return "native"
     return request.param
 
@@ -68,17 +68,24 @@ CASES: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.2,
     },
     "truncated importance": {"tis_cap": 1.05, "rollout_logp": ROLLOUT},
+    "truncated importance of cispo": {"loss": "cispo", "tis_cap": 1.05, "rollout_logp": ROLLOUT},
+    "ratios beyond the clamp": {"old": OLD - 25.0, "clip_ratio_c": 1e10},
     "temperature and soft-cap": {"normalizer": 7.0, "temperature": 0.7, "softcap": 4.0, "chunk_bytes": 2 * V * 8},
 }
 
 
 def run(
-    impl: str, mask: Tensor = MASK, advantages: Tensor = ADVANTAGES, dtype: torch.dtype = DTYPE, **options: Any
+    impl: str,
+    mask: Tensor = MASK,
+    advantages: Tensor = ADVANTAGES,
+    dtype: torch.dtype = DTYPE,
+    old: Tensor = OLD,
+    **options: Any,
 ) -> list[Tensor]:
     dtype = torch.float64 if impl == "reference" else dtype
     leaves = {name: x.to(dtype, copy=True).requires_grad_() for name, x in LAYER.items()}
     loss = K.linear_policy_loss(
-        leaves["hidden"], leaves["weight"], LABELS, OLD, advantages, mask, bias=leaves["bias"], impl=impl, **options
+        leaves["hidden"], leaves["weight"], LABELS, old, advantages, mask, bias=leaves["bias"], impl=impl, **options
     )
     (3 * loss.loss).backward()
     return [*(x.detach() for x in loss), *(x.grad for x in leaves.values() if x.grad is not None)]
@@ -180,6 +187,13 @@ def test_rows_without_a_derivative_meet_only_one_product(monkeypatch: pytest.Mon
     seen.clear()
     run(IMPL, advantages=torch.zeros_like(advantages))
     assert not seen
+
+
+def test_a_nan_is_no_row_without_a_derivative(impl: str) -> None:
+    advantages = torch.zeros_like(ADVANTAGES)
+    advantages[2, 1] = torch.nan
+    hidden, *_ = run(impl, advantages=advantages)[7:]
+    assert hidden.isnan().any(-1).nonzero().tolist() == [[2, 1]]
 
 
 def test_without_gradients_nothing_is_computed_for_them() -> None:

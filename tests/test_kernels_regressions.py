@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import align_kernels as K
-from align_kernels import _config, layer, native, plain
+from align_kernels import _config, few_logits, layer, native
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 IMPL = "triton" if INTERPRETING else "native"
@@ -29,7 +29,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_config, "LARGEST_WITH_ALL", 64)
     monkeypatch.setattr(_config, "SMALLEST", 16)
     monkeypatch.setattr(native, "CACHE_BYTES", 2048)
-    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
 
 
 def ours(**options: Any) -> LogProbs:

@@ -335,6 +335,7 @@ def test_compiles_without_a_graph_break(impl: str) -> None:
 # ------------------------------------------------------------------ errors
 WRONG = [
     ({"ref_logp": torch.zeros(2, 4)}, ValueError, r"ref_logp has shape \[2, 4\], but logp has \[2, 3\]"),
+    ({"mask": None}, TypeError, "mask is None: give a bool or uint8 tensor"),
     ({"mask": torch.ones(2, 3, dtype=torch.long)}, TypeError, "mask is torch.int64: it must be bool or uint8"),
     ({"scores": torch.zeros(3)}, ValueError, r"scores has shape \[3\], but logp has \[2, 3\]"),
     ({"scores": torch.zeros(2, device="meta")}, RuntimeError, "scores is on meta, but logp on cpu"),

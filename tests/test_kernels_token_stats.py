@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import align_kernels as K
-from align_kernels import _config, native, ops, plain
+from align_kernels import _config, few_logits, native, ops
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())["cases"]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 IMPL = "triton" if INTERPRETING else "native"
-# "plain" is native for few logits; elsewhere in this file it is switched off.
-IMPLS = ["triton"] if INTERPRETING else ["native", "plain", "reference"]
+# "few logits" is native for few logits; elsewhere in this file it is switched off.
+IMPLS = ["triton"] if INTERPRETING else ["native", "few logits", "reference"]
 DTYPES = [torch.float32] if INTERPRETING else [torch.float32, torch.float64]
 EXAMPLES = 20 if INTERPRETING else 100
 EPS = 2.0**-23
@@ -31,18 +31,18 @@ PER_FUNCTION = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that cross several blocks and passes even when short; no plain path."""
+    """Rows that cross several blocks and passes even when short; no path for few logits."""
     monkeypatch.setattr(_config, "LARGEST", 32)
     monkeypatch.setattr(_config, "LARGEST_WITH_ALL", 32)
     monkeypatch.setattr(_config, "SMALLEST", 16)
     monkeypatch.setattr(native, "CACHE_BYTES", 1024)
-    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
 
 
 @pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(plain, "FEW_LOGITS", 2**20)
+    if request.param == "few logits":
+        monkeypatch.setattr(few_logits, "FEW_LOGITS", 2**20)
         return "native"
     return request.param
 
@@ -161,6 +161,23 @@ def test_any_shape_mask_stride_and_label(impl: str, data: st.DataObject) -> None
     )
 
 
+def test_maxima_that_grow_from_block_to_block(impl: str) -> None:
+    """What a block has summed is rescaled to a maximum of a later one, of the logits and of the reference's."""
+    ascending = torch.linspace(-3, 5, 100).expand(4, 100) + 0.1 * draw(4, 100)
+    labels, upstream = torch.tensor([0, 40, 70, 99]), [1.0, -0.5, 0.25, 0.125]
+    for logits, ref_logits in [(ascending, ascending.flip(1)), (ascending.flip(1), ascending)]:
+        options = {"entropy": True, "argmax": True, "ref_logits": 2 * ref_logits}
+        found, expected = (
+            with_gradient(logits, labels, upstream, impl=impl, **options),
+            truth(logits, labels, upstream, **options),
+        )
+        assert_same(found, expected, logits)
+        assert torch.equal(found[0].argmax, expected[0].argmax)  # type: ignore[arg-type]
+    ties = K.token_stats(torch.zeros(1, 100), torch.zeros(1, dtype=torch.long), argmax=True, impl=impl).argmax
+    assert ties is not None
+    assert ties.tolist() == [0]
+
+
 def test_minus_infinity_contributes_nothing_and_nan_poisons_its_row(impl: str) -> None:
     rows = [[0.0, -math.inf, -math.inf], [-math.inf, 1.0, 1.0], [math.nan, 1.0, 1.0]]
     logits, labels = torch.tensor(rows), torch.tensor([0, 1, 1])
@@ -171,6 +188,25 @@ def test_minus_infinity_contributes_nothing_and_nan_poisons_its_row(impl: str) -
     assert bool(gradient[:2].isfinite().all())
     assert bool(stats.logp[2].isnan())
     assert bool(stats.entropy[2].isnan())
+
+
+def test_a_label_that_cannot_be_has_a_gradient_all_the_same(impl: str) -> None:
+    if impl == "reference":
+        pytest.skip("autograd's own derivative of 0·log 0 is NaN")
+    logits = torch.tensor([[-math.inf, 1.0, 2.0]])
+    _, grad = with_gradient(logits, torch.tensor([0]), [0.0, 1.0, 0.0, 0.0], entropy=True, impl=impl)
+    p = logits[0, 1:].double().softmax(0)
+    entropy = -(p * p.log()).sum()
+    torch.testing.assert_close(
+        grad[0].double(), torch.tensor([0.0, *(p * (p.log() + entropy))]).double(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_statistics_may_be_changed_in_place(impl: str) -> None:
+    logits = draw(2, 5).requires_grad_()
+    stats = K.token_stats(logits, torch.tensor([0, 1]), entropy=True, impl=impl)
+    stats.logp.mul_(2.0).sum().backward()
+    assert logits.grad is not None
 
 
 def test_kl_is_infinite_where_the_reference_excludes_a_possible_symbol(impl: str) -> None:

@@ -2,6 +2,8 @@
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +38,18 @@ def device(**tensors: Tensor | None) -> None:
 
 
 def positive(**values: float | None) -> None:
-    """Each number is positive, or None."""
+    """Each number is positive, or None; none is a tensor that asks for a gradient."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}: it must be positive")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}: it must be positive and finite")
+        if isinstance(value, Tensor):
+            constant(**{name: value})
+
+
+def floating(name: str, value: torch.dtype | None) -> None:
+    """``value`` is a floating-point dtype, or None."""
+    if value is not None and not value.is_floating_point:
+        raise TypeError(f"{name} is {value}: it must be a floating-point dtype")
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -114,22 +124,46 @@ def rows(values: Tensor, mask: Tensor | None, labels: Tensor) -> None:
     dtype("rows", values, (torch.int64,))
     if values.dim() != 1 or values.device != labels.device:
         raise ValueError(f"rows is {list(values.shape)} on {values.device}: it must be one-dimensional, beside labels")
-    if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    if values.is_cpu and len(values):
+        first, last = map(int, values.aminmax())
+        if first < 0 or last >= labels.numel():
+            raise ValueError(f"rows are {first} … {last}: they must be indices of {labels.numel()} tokens")
+    if mask is not None and mask.is_cpu:
         count = int(mask.count_nonzero())
         if count != len(values):
             raise ValueError(f"rows has {len(values)} tokens, but mask counts {count}")
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``backward`` of an autograd function, for a first derivative alone.
+
+    A second one would silently lack what the saved tensors contribute: ``once_differentiable`` looks at the upstream
+    gradients only.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "align_kernels computes first derivatives only: leave create_graph out, or call with impl='reference'"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def unit_stride(x: Tensor) -> Tensor:
     """``x``, or a copy of it whose last dimension is contiguous."""
     if x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
-    _warn_about_copy(x.dim())
+    _warn_about_copy()
     return x.contiguous()
 
 
 @functools.cache
-def _warn_about_copy(_: int) -> None:
+def _warn_about_copy() -> None:
     warnings.warn(
         "align_kernels copied a tensor whose last dimension is not contiguous; store it so to save the copies",
         stacklevel=4,

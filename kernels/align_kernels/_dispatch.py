@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from align_kernels import _checks
+
 OPERATIONS = (
     "token_stats",
     "linear_token_logprobs",
@@ -40,8 +42,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, impl: str | None) 
     source = "impl"
     if impl is None:
         impl, source = _from_environment(op), "ALIGN_KERNELS"
-    elif impl not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"impl is {impl!r}: it must be one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    else:
+        _checks.one_of("impl", impl, ("auto", *IMPLEMENTATIONS))
     if impl != "auto":
         problem = why_not(op, impl, device, dtype)
         if problem is not None:
@@ -66,8 +68,7 @@ def available_impls(op: str, device: torch.device | str) -> list[str]:
 
     :func:`why_not` says why another is missing.
     """
-    if op not in OPERATIONS:
-        raise ValueError(f"op is {op!r}: it must be one of {', '.join(OPERATIONS)}")
+    _checks.one_of("op", op, OPERATIONS)
     device = torch.device(device)
     usable = [impl for impl in IMPLEMENTATIONS if why_not(op, impl, device) is None]
     first = choose(op, device, torch.float32, None)
@@ -76,6 +77,8 @@ def available_impls(op: str, device: torch.device | str) -> list[str]:
 
 def why_not(op: str, impl: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str | None:
     """Why ``impl`` of ``op`` cannot run for ``dtype`` tensors on ``device``, or None where it can."""
+    _checks.one_of("op", op, OPERATIONS)
+    _checks.one_of("impl", impl, IMPLEMENTATIONS)
     device = torch.device(device)
     if impl != "triton":
         return None

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels import _checks, ops, plain, reference
+from align_kernels import _checks, few_logits, ops, reference
 from align_kernels._dispatch import choose
 from align_kernels._labels import locate
 from align_kernels._plan import autocast, chunk_rows, counted_rows, keeps
 from align_kernels._types import Reference, TokenStats
+from align_kernels.few_logits import Stats
 from align_kernels.native import Wanted
-from align_kernels.plain import Stats
 from align_kernels.shards import Shard
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def token_stats(
         )
     x = logits.reshape(-1, vocabulary)
     ref_x = None if ref_logits is None else ref_logits.detach().reshape(-1, vocabulary)
-    if chosen == "native" and mask is None and not inplace_grad and plain.suits(x.numel(), x):
+    if chosen == "native" and mask is None and not inplace_grad and few_logits.suits(x.numel(), x):
         wanted = Wanted(temperature, softcap, entropy, argmax, ref_x is not None, temperature, softcap)
-        return _shaped(plain.row_stats(x, flat_labels, ref_x, wanted), None, labels.shape)
+        return _shaped(few_logits.row_stats(x, flat_labels, ref_x, wanted), None, labels.shape)
     ref_x = None if ref_x is None else _checks.unit_stride(ref_x)
     settings = (temperature, softcap, entropy, argmax, inplace_grad, check_labels, chosen)
     logp, h, kl, lse, top, *_ = ops.token_stats(_checks.unit_stride(x), flat_labels, ref_x, flat_mask, *settings)
@@ -195,6 +195,7 @@ def counted_stats(
     """:func:`linear_token_logprobs` of the tokens that count alone, ``[M]``, and which they are; None for all."""
     _checks.one_of("save", save, ("auto", "logits", "recompute"))
     _checks.positive(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
+    _checks.floating("accum_dtype", accum_dtype)
     _checks.tokens(mask, labels)
     hidden, weight, bias = autocast(hidden, weight, bias)
     _checks.layer(hidden, weight, bias, labels)
@@ -210,15 +211,15 @@ def counted_stats(
     count, vocabulary = len(few_labels), len(weight)
     q = Reference(None, None) if ref is None else ref  # type: ignore[arg-type]
     found: Stats
-    if chosen == "native" and shard is None and plain.suits(count * vocabulary, flat):
+    if chosen == "native" and shard is None and few_logits.suits(count * vocabulary, flat):
         states = flat if rows is None else flat.index_select(0, rows)
         ref_x = None if ref is None else F.linear(ref.hidden if rows is None else ref.hidden[rows], q.weight, q.bias)
         wanted = Wanted(temperature, softcap, entropy, argmax, ref is not None, q.temperature, q.softcap)
         if wanted.log_probs_only and not argmax:
-            logp, lse, _ = plain.linear_log_probs(states, weight, bias, few_labels, temperature)
+            logp, lse, _ = few_logits.linear_log_probs(states, weight, bias, few_labels, temperature)
             found = (logp, None, None, lse, None)
         else:
-            found = plain.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
+            found = few_logits.row_stats(F.linear(states, weight, bias), few_labels, ref_x, wanted)
     elif chosen == "reference":
         options = {"entropy": entropy, "argmax": argmax, "temperature": temperature, "softcap": softcap}
         found = _reference_stats(flat, weight, bias, ref, few_labels, rows, check_labels, **options)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from align_kernels import gemm, linear_logp, native_logits
+from align_kernels import _checks, gemm, linear_logp, native_logits
 from align_kernels._labels import locate
 from align_kernels.layer import Layer
 from align_kernels.native import NativeRows, RowGrads, RowStats, Wanted, statistics_dtype
@@ -202,7 +201,7 @@ class _TokenStats(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_checks.first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _token_stats_grad(ctx, *grads)
 
@@ -423,7 +422,7 @@ class _LinearStats(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_checks.first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _linear_stats_grad(ctx, _linear_stats_backward, grads)
 

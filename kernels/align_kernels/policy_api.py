@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels import _checks, plain, policy_ops, reference
+from align_kernels import _checks, few_logits, policy_ops, reference
 from align_kernels._dispatch import choose
 from align_kernels._labels import locate
 from align_kernels._plan import autocast, chunk_rows, counted_rows
@@ -78,7 +78,8 @@ def linear_policy_loss(
         tis_cap: Bound of the importance weight of the sampler, or None for none.
         normalizer: What the sum of the tokens' losses is divided by, a number or scalar tensor; or what a token's loss
             is multiplied by, for each sequence ``[num_seqs]``; by default the number of counted tokens divides.
-        seq_ids: ``[…]``, sequence of each counted token, from 0, not descending; needed for sequences.
+        seq_ids: ``[…]``, sequence of each counted token, from 0, not descending; needed for sequences. Below the length
+            of ``normalizer``, or without one by sequence below the number of tokens.
         rows: int64 ``[M]``, the tokens that the mask counts.
 
     Raises:
@@ -89,6 +90,9 @@ def linear_policy_loss(
     _checks.one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
     _checks.one_of("ratio", ratio, ("token", "sequence"))
     _checks.positive(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes, tis_cap=tis_cap)
+    _checks.floating("accum_dtype", accum_dtype)
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(f"clip_low is {clip_low} and clip_high {clip_high}: they must be 0 or more")
     constants = {"old_logp": old_logp, "advantages": advantages, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     _checks.tokens(mask, labels, **constants, seq_ids=seq_ids)
     _checks.constant(**constants)
@@ -131,14 +135,16 @@ def linear_policy_loss(
         "entropy_coef": entropy_coef,
         "tis_cap": tis_cap,
     }
-    if chosen == "native" and plain.suits(len(few_labels) * weight.shape[0], flat):
+    if chosen == "native" and few_logits.suits(len(few_labels) * weight.shape[0], flat):
         states = flat if rows is None else flat.index_select(0, rows)
         sequences = Sequences(ids, num_seqs, segment_sums) if ids is not None and ratio == "sequence" else None
         if entropy_coef or softcap is not None:
             wanted = Wanted(temperature, softcap, entropy=True)
-            logp, entropy, _, lse, _ = plain.row_stats(F.linear(states, weight, bias), few_labels, None, wanted)
+            logp, entropy, _, lse, _ = few_logits.row_stats(F.linear(states, weight, bias), few_labels, None, wanted)
         else:
-            logp, lse, entropy = plain.linear_log_probs(states, weight, bias, few_labels, temperature, entropy=True)
+            logp, lse, entropy = few_logits.linear_log_probs(
+                states, weight, bias, few_labels, temperature, entropy=True
+            )
         assert entropy is not None
         found: tuple[Any, ...] = of_few_logits(
             logp,

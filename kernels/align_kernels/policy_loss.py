@@ -1,8 +1,7 @@
 """K3: a policy loss and its gradients from hidden states, in one pass over chunks of logits that are never kept.
 
 Log-probs of a chunk give the derivatives of its tokens' losses, those turn the chunk into its gradient in place, and
-two
-products end it: three products in all. With ``ratio="sequence"`` no token's derivative is known before the last
+two products end it: three products in all. With ``ratio="sequence"`` no token's derivative is known before the last
 log-prob: the chunks are computed twice.
 """
 
@@ -58,7 +57,7 @@ def loss_and_gradients(
     check: bool = False,
     accum_dtype: torch.dtype | None = None,
 ) -> Found:
-    """The loss of the tokens that count, and its gradients; ``tokens.weights`` is None for one over their number."""
+    """The loss of the tokens that count, and its gradients."""
     index, known = locate(labels, layer.weight.shape[0], check=check)
     if sequences is None:
         grads, stats, terms = _in_one_pass(

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from align_kernels import pref_logps
+from align_kernels import _checks, pref_logps
 from align_kernels.layer import Layer
 from align_kernels.native import NativeRows, Wanted, statistics_dtype
 from align_kernels.ops import LAYER_SCHEMA, check_here, without_autocast
@@ -100,7 +99,7 @@ class _PolicyLoss(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @_checks.first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _grad(ctx, *grads)
 

@@ -184,8 +184,10 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     name = f"scan-{REALS[dtype]}-{key[:16]}.so"
     folder = cache_folder()
     with contextlib.nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as place:
-        loaded = ctypes.CDLL(str(_compiled(Path(place), name, compiler, REALS[dtype])))
+        loaded = _loaded(Path(place), name, compiler, REALS[dtype])
     for function, types in ARGUMENTS.items():
+        if not hasattr(loaded, function):
+            raise OSError(f"what {compiler} made of {SOURCE.name} has no function {function}: name a C compiler in CC")
         getattr(loaded, function).argtypes = types
         getattr(loaded, function).restype = None
     return loaded
@@ -202,11 +204,12 @@ def cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def _compiled(folder: Path, name: str, compiler: str, real: str) -> Path:
-    """The library ``name`` in ``folder``, compiled if it is not there; processes may race for it."""
+def _loaded(folder: Path, name: str, compiler: str, real: str) -> ctypes.CDLL:
+    """The library ``name`` in ``folder``, compiled if it is not there or is damaged; processes may race for it."""
     target = folder / name
     if target.exists():
-        return target
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(target))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / name
         command = [*compiler.split(), *FLAGS, f"-DREAL={real}", str(SOURCE), "-o", str(made), "-lm"]
@@ -214,4 +217,4 @@ def _compiled(folder: Path, name: str, compiler: str, real: str) -> Path:
         if done.returncode:
             raise OSError(f"{compiler} cannot compile {SOURCE.name}: {' '.join(done.stderr.split())[:500]}")
         made.replace(target)
-    return target
+    return ctypes.CDLL(str(target))

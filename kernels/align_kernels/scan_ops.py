@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align_kernels import scan_tensors
-from align_kernels._dispatch import _warn_once, choose
+from align_kernels import _checks, scan_tensors
+from align_kernels._dispatch import choose
 from align_kernels.scan_checks import check_boundaries, check_layout, check_sequences, check_tokens, result_dtype
 
 if TYPE_CHECKING:  # not in every build of torch
@@ -162,6 +162,8 @@ def shaped_advantages(
         raise ValueError(f"kl_estimator is {kl_estimator!r}: it must be one of {', '.join(KL_ESTIMATORS)}")
     if score_clip is not None and not score_clip > 0:
         raise ValueError(f"score_clip is {score_clip}: it must be above 0, or None")
+    if mask is None:
+        raise TypeError("mask is None: give a bool or uint8 tensor, True on valid tokens")
     check_tokens("logp", logp, {"ref_logp": ref_logp, "values": values}, {"mask": mask})
     check_sequences("logp", logp, cu_seqlens, {"scores": scores, "bootstrap": bootstrap})
     chosen = choose("shaped_advantages", logp.device, result_dtype(logp, ref_logp, values), impl)
@@ -281,12 +283,10 @@ def _implementation(op: str, impl: str) -> Callable[..., Any]:
 
 
 def _detached(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if x is None else x.detach() for x in tensors)
+    """Constants, whose memory holds their numbers (a lazily negated tensor's does not)."""
+    return tuple(None if x is None else x.detach().resolve_neg() for x in tensors)
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
     """Rows may lie anywhere; tokens of a row must be neighbours, or are copied."""
-    if x is None or x.stride(-1) == 1 or x.shape[-1] < 2:
-        return x
-    _warn_once("align_kernels copies inputs whose tokens are not neighbours in memory; transpose them once instead")
-    return x.contiguous()
+    return None if x is None else _checks.unit_stride(x)

@@ -35,8 +35,10 @@ def gae(
     reward, value = _numbers(rewards), _numbers(values)
     valid = _numbers(mask) if mask is not None else [1.0] * len(reward)
     done = _numbers(dones) if dones is not None else [0.0] * len(reward)
-    rho = [math.exp(x) for x in _numbers(log_rho)] if log_rho is not None else [1.0] * len(reward)
-    rho_cap, c_cap = (rho_bar, c_bar) if log_rho is not None else (1.0, 1.0)
+    rho = c = [1.0] * len(reward)
+    if log_rho is not None:
+        # of the logarithms, since e^log_rho may overflow; this way round a NaN stays
+        rho, c = ([math.exp(min(x, math.log(bar))) for x in _numbers(log_rho)] for bar in (rho_bar, c_bar))
     advantages, returns = [0.0] * len(reward), [0.0] * len(reward)
     for index, (lo, hi) in enumerate(spans(rewards, cu_seqlens)):
         after = float(bootstrap[index]) if bootstrap is not None else 0.0
@@ -50,8 +52,8 @@ def gae(
             seen = True
             if done[t]:
                 next_value, next_advantage = 0.0, 0.0
-            delta = min(rho_cap, rho[t]) * (reward[t] + gamma * next_value - value[t])
-            next_advantage = delta + gamma * lam * min(c_cap, rho[t]) * next_advantage
+            delta = rho[t] * (reward[t] + gamma * next_value - value[t])
+            next_advantage = delta + gamma * lam * c[t] * next_advantage
             next_value = value[t]
             if valid[t]:
                 advantages[t], returns[t] = next_advantage, next_advantage + value[t]

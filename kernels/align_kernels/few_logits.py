@@ -5,8 +5,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from align_kernels._checks import first_derivative
 from align_kernels._labels import chunks, locate, only
 from align_kernels.native import LEAST_LOG_P, Wanted, from_largest, mark
 
@@ -34,7 +34,7 @@ def row_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted) -
     if wanted.entropy and ref_x is None:
         index, inside = locate(labels, x.shape[1], check=True)
         logp, entropy, lse = _LogProbsAndEntropy.apply(z, index)
-        return logp if inside is None else only(logp, inside), entropy, None, lse, argmax
+        return only(logp, inside), entropy, None, lse, argmax
     log_p = z.log_softmax(1)
     try:
         logp = -F.nll_loss(log_p, labels.long(), reduction="none")
@@ -60,7 +60,10 @@ def row_stats(x: Tensor, labels: Tensor, ref_x: Tensor | None, wanted: Wanted) -
 def _log_sum(z: Tensor, log_p: Tensor) -> Tensor:
     """Any column that is not −inf tells it."""
     first = z[:, 0]
-    return first - log_p[:, 0] if _finite(first) else z.amax(1) - log_p.amax(1)
+    if _finite(first):
+        return first - log_p[:, 0]
+    peak = z.amax(1)
+    return torch.where(peak == -torch.inf, peak, peak - log_p.amax(1))
 
 
 class _LogProbsAndEntropy(torch.autograd.Function):
@@ -79,14 +82,16 @@ class _LogProbsAndEntropy(torch.autograd.Function):
         return logp, entropy, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
         """dz_j = g_lp·(1[j = label] − p_j) − g_H·p_j·(log p_j + H) + g_lse·p_j."""
         log_p, p, index, logp, entropy = ctx.saved_tensors
         by_logp, by_entropy, by_lse = (torch.zeros_like(logp) if g is None else g for g in grads)
         others = by_lse - by_logp
         # the label's column takes 1 − p from the log-prob: by subtraction it would be lost to rounding as p nears 1
-        at_label = (by_lse - by_entropy * (logp + entropy)) * logp.exp() - by_logp * torch.expm1(logp)
+        at_label = (by_lse - by_entropy * (logp.clamp(min=LEAST_LOG_P) + entropy)) * logp.exp() - by_logp * torch.expm1(
+            logp
+        )
         if grads[1] is None:
             grad = p * others[:, None]
         else:
@@ -135,7 +140,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return logp if inside is None else only(logp, inside), lse, entropies
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, grad_logp: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         hidden, weight, index, inside, marked = ctx.saved_tensors
         scale = hidden.new_zeros(len(hidden)) if grad_logp is None else only(grad_logp, inside).neg_()
