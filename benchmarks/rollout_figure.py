@@ -64,7 +64,7 @@ def _over_batch(ax: Axes, fixed: Mapping[int, Mapping[str, Timing]]) -> None:
     ax.set_ylabel("tokens / s")
     ax.set_title("Fixed length, a token more of every sequence", loc="left", size="medium", weight="bold")
     ax.legend(frameon=False, fontsize="small", loc="upper left", handlelength=3.5)
-    _bare(ax, "y")
+    bare(ax, "y")
 
 
 def _bars(ax: Axes, ppo: Mapping[str, Timing]) -> None:
@@ -81,10 +81,10 @@ def _bars(ax: Axes, ppo: Mapping[str, Timing]) -> None:
     ax.margins(x=0.14)
     ax.set_xlabel("completion tokens / s")
     ax.set_title("Unequal prompts, samples that end at EOS, log-probs", loc="left", size="medium", weight="bold")
-    _bare(ax, "x")
+    bare(ax, "x")
 
 
-def _bare(ax: Axes, axis: str) -> None:
+def bare(ax: Axes, axis: str) -> None:
     ax.grid(axis=axis, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
     ax.set_axisbelow(True)
     ax.set_facecolor(PAPER)

@@ -214,7 +214,7 @@ class DPOModule(AlignModule):
             measure: Whether to measure what is only logged, where it is logged.
         """
         rows, logged = self.answer_rows(batch), measure and self.logs_this_step()
-        stats = answer_stats(self.model, rows, entropy=logged, correct=logged)
+        stats = answer_stats(self.model, rows, entropy=logged, correct=logged, mean_logit=logged)
         if "ref_logp" in batch:
             return stats, batch["ref_logp"].to(stats.logp.dtype)
         with torch.no_grad(), self.reference_network() as network:

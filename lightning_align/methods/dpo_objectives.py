@@ -128,6 +128,8 @@ class PairObjective:
         if stats.correct is not None:
             correct = stats.correct[batch["pair_chosen"]].to(dtype)
             sums["mean_token_accuracy"] = masked_sum(correct, counted), masked_sum(pairs.chosen_length, counted)
+        for side in ("chosen", "rejected"):
+            sums |= logit_sums(side, stats, batch[f"pair_{side}"], counted)
         return loss, likelihood, sums | token_sums(stats, batch, batch["response_weight"] > 0)
 
 
@@ -204,6 +206,9 @@ class UnpairedObjective:
         ratio = stats.logp - ref_logp
         weight = own["weight"].to(ratio.dtype)
         sums = answer_sums(stats.logp, ratio, own["label"], weight, beta=self.options["beta"])
+        for side, of_side in (("chosen", own["label"]), ("rejected", ~own["label"])):
+            rows = torch.arange(len(weight), device=weight.device)
+            sums |= logit_sums(side, stats, rows, of_side & (weight > 0))
         return ratio, sums | token_sums(stats, own, weight > 0), own
 
     @torch.no_grad()
@@ -245,6 +250,20 @@ def token_sums(stats: AnswerStats, batch: Batch, counted: Tensor) -> Metrics:
     if stats.entropy is not None:
         sums["entropy"] = masked_sum(stats.entropy.detach(), counted), masked_sum(stats.length, counted)
     return sums
+
+
+def logit_sums(side: str, stats: AnswerStats, rows: Tensor, counted: Tensor) -> Metrics:
+    """TRL's ``logits/…`` of one side: over the tokens of its answers, the mean of the logits over the vocabulary.
+
+    Args:
+        side: ``chosen`` or ``rejected``.
+        stats: Of answers.
+        rows: Some of these, one as often as it is compared.
+        counted: Which of ``rows`` count.
+    """
+    if stats.mean_logit is None:
+        return {}
+    return {f"logits/{side}": (masked_sum(stats.mean_logit[rows], counted), masked_sum(stats.length[rows], counted))}
 
 
 def rows_of(batch: Batch, rows: Tensor) -> dict[str, Tensor]:

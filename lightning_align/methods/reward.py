@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from lightning_align.data.answer_rows import packed_rows
 from lightning_align.data.collate import PreferenceGroups
 from lightning_align.data.records import STRENGTHS
 from lightning_align.errors import UserError, check_options
@@ -28,6 +29,7 @@ from lightning_align.losses.tie_models import TIE_MODELS, TieModel, tied_prefere
 from lightning_align.methods.base import AlignModule
 from lightning_align.models.heads import Normalisation, RewardModel, moments_of
 from lightning_align.models.loading import Parameters
+from lightning_align.models.masks import keeps_documents_apart
 
 REFERENCE_BATCHES = 64  # at most this many training batches fix the zero and the scale of the scores, but for
 REFERENCE_RESPONSES = 256  # this many responses
@@ -134,7 +136,15 @@ class RewardModule(AlignModule):
     # ------------------------------------------------------------------ objective
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses of prompts, and the sums behind TRL's metrics."""
-        return self.loss_of_scores(self.model(batch["input_ids"], batch["attention_mask"]), batch)
+        return self.loss_of_scores(self.scores(batch), batch)
+
+    def scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Raw scores of a batch's answers ``[R]``, in as little space as the model can tell them apart in."""
+        if keeps_documents_apart(self.model.network, "every answer gets a row of its own, with its prompt"):
+            rows = packed_rows(batch, self.model.config.get_text_config().hidden_size)
+            if bool(rows.mask.any(1).all()):  # a sequence of one token has no slot that is predicted
+                return self.model.answer_scores(rows)
+        return self.model(batch["input_ids"], batch["attention_mask"])
 
     def loss_of_scores(self, scores: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """:meth:`loss` of raw scores that are there already ``[R]``."""
@@ -181,7 +191,7 @@ class RewardModule(AlignModule):
     # ------------------------------------------------------------------ evaluation
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss sums, and the decided pairs (or scores) themselves: calibration is a property of the whole set."""
-        scores = self.model(batch["input_ids"], batch["attention_mask"])
+        scores = self.scores(batch)
         self.add_eval_sums(self.loss_of_scores(scores, batch)[1])
         if self.objective in REGRESSIONS:
             self._evaluated.append(score_metrics(self.model.normalise(scores, "target"), batch))
@@ -209,7 +219,7 @@ class RewardModule(AlignModule):
             if index >= REFERENCE_BATCHES and sum(map(len, scores)) >= REFERENCE_RESPONSES:
                 break
             batch = {name: value.to(self.device) for name, value in batch.items()}
-            scores.append(self.model(batch["input_ids"], batch["attention_mask"]))
+            scores.append(self.scores(batch))
         return torch.cat(scores)
 
     def normalise(self) -> None:

@@ -38,15 +38,24 @@ class AnswerStats:
         length: Number of its tokens, float.
         entropy: Of the distributions that its tokens were drawn from, in nats.
         correct: How many of its tokens have the highest probability.
+        mean_logit: Of the logits that its tokens were drawn with, their mean over the vocabulary.
     """
 
     logp: Tensor
     length: Tensor
     entropy: Tensor | None
     correct: Tensor | None
+    mean_logit: Tensor | None = None
 
 
-def answer_stats(model: nn.Module, rows: AnswerRows, *, entropy: bool = False, correct: bool = False) -> AnswerStats:
+def answer_stats(
+    model: nn.Module,
+    rows: AnswerRows,
+    *,
+    entropy: bool = False,
+    correct: bool = False,
+    mean_logit: bool = False,
+) -> AnswerStats:
     """Statistics of the answers under ``model``, differentiable in log-prob and entropy; the head sees no prompt."""
     wanted = torch.zeros_like(rows.attention_mask, dtype=torch.bool).view(-1)
     wanted[rows.slots[rows.mask]] = True
@@ -59,6 +68,7 @@ def answer_stats(model: nn.Module, rows: AnswerRows, *, entropy: bool = False, c
         document_ids=rows.document_ids,
         entropy=entropy,
         correct=correct,
+        mean_logit=mean_logit,
     )
 
     def total(values: Tensor) -> Tensor:
@@ -70,4 +80,5 @@ def answer_stats(model: nn.Module, rows: AnswerRows, *, entropy: bool = False, c
         rows.mask.sum(1).to(stats.logp.dtype),
         None if stats.entropy is None else total(stats.entropy),
         None if stats.correct is None else total(stats.correct),
+        None if stats.mean_logit is None else total(stats.mean_logit),
     )

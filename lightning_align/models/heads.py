@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from lightning_align.errors import UserError
+from lightning_align.models.answers import AnswerRows
 from lightning_align.models.loading import (
     Loaded,
     Parameters,
@@ -105,6 +106,15 @@ class RewardModel(nn.Module):
         index = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = torch.where(attention_mask.bool(), index, 0).amax(1)
         return _apply_head(self.head, states[torch.arange(len(last), device=last.device), last])
+
+    def answer_scores(self, rows: AnswerRows) -> Tensor:
+        """The same ``[R]`` of answers that lie packed or behind a prompt they share, each of at least one token."""
+        inputs = attention_inputs(
+            self.config, rows.attention_mask, rows.position_ids, rows.document_ids, dtype=self.network.dtype
+        )
+        states = self.network.base_model(input_ids=rows.input_ids, **inputs).last_hidden_state
+        last = rows.slots.gather(1, rows.mask.sum(1, keepdim=True) - 1)[:, 0]
+        return _apply_head(self.head, states.flatten(0, 1)[last])
 
     def shift_and_scale(self, normalisation: Normalisation | None = None) -> tuple[float, float]:
         """What is subtracted from raw scores and what then divides them; the stored way unless another is named."""

@@ -47,6 +47,15 @@ class Head:
             return torch.tanh(logits * (self.scale / self.softcap)) * self.softcap
         return logits if self.scale == 1.0 else logits * self.scale
 
+    @torch.no_grad()
+    def mean_logits(self, hidden: Tensor) -> Tensor | None:
+        """Mean over the vocabulary ``[…]`` of :meth:`logits`, which one row of means gives; None under a soft-cap."""
+        if self.softcap is not None:
+            return None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        bias = 0.0 if self.bias is None else self.bias.to(wide).mean()
+        return (hidden.to(wide) @ self.weight.mean(0, dtype=wide) + bias) * self.scale
+
     def transform(self, temperature: float) -> tuple[float, float | None]:
         """Temperature and soft-cap that do to ``weight·h + bias`` what scale, cap and ``temperature`` do."""
         return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale

@@ -29,12 +29,15 @@ class TokenStats(NamedTuple):
         entropy: Of the distribution that the token was drawn from, in nats.
         kl: Exact KL of that distribution from the reference's, in nats.
         correct: Whether the token has the highest probability.
+        mean_logit: Mean over the vocabulary of the logits that it was drawn with (not divided by the temperature),
+            without gradient; None too where the output layer has a soft-cap.
     """
 
     logp: Tensor
     entropy: Tensor | None
     kl: Tensor | None
     correct: Tensor | None
+    mean_logit: Tensor | None = None
 
 
 def token_stats(
@@ -49,6 +52,7 @@ def token_stats(
     entropy: bool = False,
     ref_model: nn.Module | WithoutAdapter | None = None,
     correct: bool = False,
+    mean_logit: bool = False,
 ) -> TokenStats:
     """Statistics of the masked tokens under ``model``: log softmax(logits[t − 1] / temperature)[input_ids[t]].
 
@@ -65,6 +69,7 @@ def token_stats(
         entropy: Whether to compute entropies.
         ref_model: Compute the exact KL from this model's distribution.
         correct: Whether to compare with the most likely token.
+        mean_logit: Whether to compute means of logits.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
@@ -79,12 +84,14 @@ def token_stats(
     with in_use(model) as network:
         rows, head = _predicting_rows(network, sequences, positions)
     stats = _row_stats(rows, head, labels, temperature, entropy=entropy, correct=correct, reference=ref_logits)
+    means = _mean_logits(rows, head) if mean_logit else None
     shape = input_ids.shape
     return TokenStats(
         _scatter(stats.logp, positions, shape),
         None if stats.entropy is None else _scatter(stats.entropy, positions, shape),
         None if stats.kl is None else _scatter(stats.kl, positions, shape),
         None if stats.correct is None else _scatter(stats.correct, positions, shape),
+        None if means is None else _scatter(means, positions, shape),
     )
 
 
@@ -110,6 +117,15 @@ def _row_stats(
         ref_logits = reference[0] if reference[1] is None else reference[1].logits(reference[0])
     return logits_row_stats(
         logits, labels, temperature=temperature, entropy=entropy, correct=correct, ref_logits=ref_logits
+    )
+
+
+def _mean_logits(rows: Tensor, head: Head | None) -> Tensor | None:
+    """Mean over the vocabulary of the logits of rows, which are logits or what the head makes them of."""
+    return (
+        rows.detach().mean(1, dtype=torch.promote_types(rows.dtype, torch.float32))
+        if head is None
+        else head.mean_logits(rows)
     )
 
 

@@ -103,6 +103,7 @@ def test_dpo_1_no_precision_moves_the_reference(world: Any, precision: dict[str,
 
 COMMON = {"loss", "num_tokens", "epoch", "grad_norm", "learning_rate", "entropy", "step"}
 COMMON |= {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"}
+COMMON |= {"logits/chosen", "logits/rejected"}
 NAMES = {
     "sigmoid": COMMON | {"rewards/accuracies", "mean_token_accuracy"},
     "cpo": COMMON | {"rewards/accuracies", "mean_token_accuracy", "nll_loss"},

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.methods import dpo
+from lightning_align.methods import dpo, reward
 from lightning_align.models import heads, logprobs
 from lightning_align.playground import records
 
@@ -184,7 +184,8 @@ def padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "attention_inputs", wrong)
     rows = dpo.packed_rows
     ones = lambda batch: {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
-    monkeypatch.setattr(dpo, "packed_rows", lambda batch, width: rows(ones(batch), width))
+    for method in (dpo, reward):
+        monkeypatch.setattr(method, "packed_rows", lambda batch, width: rows(ones(batch), width))
 
 
 @every_method

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from lightning_align.data.answer_rows import packed_rows
 from lightning_align.losses.ranking import plackett_luce_loss
+from lightning_align.models.answers import AnswerRows
 from lightning_align.models.heads import RewardModel
 from lightning_align.playground import records
 from lightning_align.rewards.learned import LearnedReward
@@ -36,16 +38,29 @@ def scored(reward: LearnedReward, pairs: list[tuple[str, str]]) -> Tensor:
 def test_rm_5_each_answer_is_forwarded_once(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = world.write("ranked.jsonl", records("ranked", size=8, k=5))
     seen: list[int] = []
-    forward = RewardModel.forward
+    score = RewardModel.answer_scores
 
-    def counted(self: RewardModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        seen.append(len(input_ids))
-        return forward(self, input_ids, attention_mask)
+    def counted(self: RewardModel, rows: AnswerRows) -> Tensor:
+        seen.append(len(rows.slots))
+        return score(self, rows)
 
-    monkeypatch.setattr(RewardModel, "forward", counted)
+    monkeypatch.setattr(RewardModel, "answer_scores", counted)
+    monkeypatch.setattr(RewardModel, "forward", None)  # whose rows are padded
     world.fit({**REWARD, "data.path": data, "data.val_fraction": 0.0, "data.val_path": None, "trainer.max_steps": 1})
     assert seen[0] == 8 * 5  # and no more, for 8 · 10 pairs; the rest is the export's reference set
     assert sum(seen) == 2 * 8 * 5
+
+
+def test_rm_5_scores_of_packed_answers_are_those_of_rows_of_their_own(world: Any) -> None:
+    data = world.write("ranked.jsonl", records("ranked", size=8, k=5))
+    module = world.ready({**REWARD, **DOUBLE, "data.path": data, "data.val_path": None, "data.val_fraction": 0.0})
+    batch = module.trainer.datamodule.datasets["train"].collate(range(8), 1.0)
+    alone = module.model(batch["input_ids"], batch["attention_mask"])
+    rows = packed_rows(batch, module.model.config.hidden_size)
+    assert rows.input_ids.numel() < 0.7 * batch["input_ids"].numel(), "prompts are shared"
+    torch.testing.assert_close(module.scores(batch), alone, rtol=1e-9, atol=1e-9)
+    single = {name: values[:1, :1] if values.ndim == 2 else values[:1] for name, values in batch.items() if values.ndim}
+    torch.testing.assert_close(module.scores(single), module.model(single["input_ids"], single["attention_mask"]))
 
 
 def test_rm_5_two_ranked_answers_are_a_pair(world: Any, gradients: Callable[..., dict[str, Tensor]]) -> None:

@@ -176,6 +176,23 @@ def test_correct_counts_argmax_hits(llama: PreTrainedModel, sequences: list[list
 
 
 # ---------------------------------------------------------------------- heads
+def test_dpo_7_mean_logits_equal_those_of_all_logits(
+    any_model: PreTrainedModel, sequences: list[list[int]], pad: Pad
+) -> None:
+    """Of every head but one with a soft-cap, whose mean no row of means gives."""
+    ids, real, completion = pad(sequences, "right", 0)
+    found = token_stats(any_model, ids, real, mask=completion, temperature=0.7, mean_logit=True).mean_logit
+    if getattr(any_model.config, "final_logit_softcapping", None) is not None:
+        assert found is None
+        return
+    with torch.no_grad():
+        expected = [any_model(input_ids=torch.tensor([row])).logits[0, 1:-1].mean(1) for row in sequences]
+    assert found is not None
+    assert not found.requires_grad
+    torch.testing.assert_close(found[completion], torch.cat(expected), rtol=1e-5, atol=1e-6)
+    assert token_stats(any_model, ids, real, mask=completion).mean_logit is None
+
+
 def test_every_head_is_expressible(any_model: PreTrainedModel) -> None:
     assert head_is_expressible(any_model)
     ids = torch.arange(3, 9)[None]
@@ -204,8 +221,12 @@ def test_an_unknown_head_takes_the_plain_path_with_one_warning(
     model = bent(make("llama"))
     ids, real, completion = pad(sequences, "left", 1)
     with pytest.warns(UserWarning, match="plain path"):
-        stats = token_stats(model, ids, real, mask=completion, entropy=True, ref_model=make("llama"))
+        stats = token_stats(model, ids, real, mask=completion, entropy=True, mean_logit=True, ref_model=make("llama"))
     assert stats.kl is not None
+    assert stats.mean_logit is not None
+    with torch.no_grad():
+        means = [model(input_ids=torch.tensor([row])).logits[0, 1:-1].mean(1) for row in sequences]
+    torch.testing.assert_close(stats.mean_logit[completion], torch.cat(means), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         stats.logp[completion].double(), torch.cat([alone(model, row)[0] for row in sequences]), rtol=0, atol=1e-5
     )
