@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align_kernels import _plan, plain
+from align_kernels import _plan, few_logits
 from lightning_align.models.linear_stats import Head, RowStats, linear_row_stats, logits_row_stats
 
 Golden = Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
@@ -31,7 +31,7 @@ def both_ways(
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way through the operations, several chunks even for a handful of rows."""
     if request.param != "few logits":
-        monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+        monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
         monkeypatch.setattr(_plan, "LEAST_CHUNK_ROWS", 2)
         monkeypatch.setitem(_plan.CHUNK_BYTES, "cpu", 2 * 7 * 8)
     if request.param == "recomputed":

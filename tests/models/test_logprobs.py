@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from align_kernels import _plan, plain
+from align_kernels import _plan, few_logits
 from lightning_align.models import logprobs
 from lightning_align.models.logprobs import head_is_expressible, token_stats
 
@@ -282,7 +282,7 @@ def test_logits_of_a_batch_never_exist(make: Make, monkeypatch: pytest.MonkeyPat
     ids = torch.randint(0, vocabulary, (6, 40), generator=torch.Generator().manual_seed(0))
     real = torch.ones_like(ids, dtype=torch.bool)
     head_is_expressible(model)
-    monkeypatch.setattr(plain, "FEW_LOGITS", 0)
+    monkeypatch.setattr(few_logits, "FEW_LOGITS", 0)
     monkeypatch.setattr(_plan, "_memory_to_keep", lambda device: 0)
     monkeypatch.setattr(_plan, "LEAST_CHUNK_ROWS", 16)
     monkeypatch.setitem(_plan.CHUNK_BYTES, "cpu", 16 * vocabulary * 4)
