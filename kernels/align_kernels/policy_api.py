@@ -1,6 +1,6 @@
 """The public policy loss: arguments checked, an implementation chosen, shapes restored."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,103 +86,151 @@ def linear_policy_loss(
         ValueError, TypeError, RuntimeError: As :func:`align_kernels.linear_token_logprobs`; for options that need an
             argument that is missing.
     """
-    _checks.one_of("loss", loss, LOSSES)
-    _checks.one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    objective = Objective(loss, clip_low, clip_high, clip_ratio_c, kl_coef, kl_estimator, tis_cap)
+    _check_objective(objective)
     _checks.one_of("ratio", ratio, ("token", "sequence"))
-    _checks.positive(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes, tis_cap=tis_cap)
+    _checks.positive(temperature=temperature, softcap=softcap, chunk_bytes=chunk_bytes)
     _checks.floating("accum_dtype", accum_dtype)
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(f"clip_low is {clip_low} and clip_high {clip_high}: they must be 0 or more")
     constants = {"old_logp": old_logp, "advantages": advantages, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     _checks.tokens(mask, labels, **constants, seq_ids=seq_ids)
     _checks.constant(**constants)
-    by_sequence = isinstance(normalizer, Tensor) and normalizer.dim() == 1
-    _check_needs(kl_coef, ref_logp, tis_cap, rollout_logp, ratio == "sequence" or by_sequence, seq_ids)
-    if clip_ratio_c is not None and (loss == "cispo" or clip_ratio_c <= 1 + clip_high):
-        raise ValueError(f"clip_ratio_c is {clip_ratio_c}: it must exceed 1 + clip_high, and loss must not be cispo")
+    num_seqs = len(normalizer) if isinstance(normalizer, Tensor) and normalizer.dim() == 1 else None
+    _check_needs(kl_coef, ref_logp, tis_cap, rollout_logp, ratio == "sequence" or num_seqs is not None, seq_ids)
     hidden, weight, bias = autocast(hidden, weight, bias)
     _checks.layer(hidden, weight, bias, labels)
     _checks.device(hidden=hidden, weight=weight, labels=labels, mask=mask, bias=bias, seq_ids=seq_ids, **constants)
     chosen = choose("linear_policy_loss", hidden.device, hidden.dtype, impl)
-    dtype = statistics_dtype(hidden.dtype)
     rows = counted_rows(mask, rows, labels)
-
-    def counted(values: Tensor | None, to: torch.dtype | None = None) -> Tensor | None:
-        if values is None:
-            return None
-        flat = values.detach().reshape(-1)
-        return (flat if rows is None else flat.index_select(0, rows)).to(to or values.dtype)
-
-    few_labels = counted(labels)
-    ids = counted(seq_ids, torch.int64)
-    assert few_labels is not None
-    num_seqs = len(normalizer) if by_sequence and isinstance(normalizer, Tensor) else labels.numel()
+    few_labels, ids = _counted(labels, rows), _counted(seq_ids, rows, torch.int64)
+    num_seqs = labels.numel() if num_seqs is None else num_seqs
     if ids is not None:
         check_sequences(ids, num_seqs)
+    dtype = statistics_dtype(hidden.dtype)
     weights = _weights(few_labels, weight.shape[0], normalizer, ids, dtype)
-    old, a, ref, rollout = (counted(values, dtype) for values in constants.values())
-    assert old is not None
-    assert a is not None
-    ref = ref if kl_coef else None
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    settings: dict[str, Any] = {
-        "loss": loss,
-        "clip_low": clip_low,
-        "clip_high": clip_high,
-        "clip_ratio_c": clip_ratio_c,
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator,
-        "entropy_coef": entropy_coef,
-        "tis_cap": tis_cap,
-    }
-    if chosen == "native" and few_logits.suits(len(few_labels) * weight.shape[0], flat):
-        states = flat if rows is None else flat.index_select(0, rows)
-        sequences = Sequences(ids, num_seqs, segment_sums) if ids is not None and ratio == "sequence" else None
-        if entropy_coef or softcap is not None:
-            wanted = Wanted(temperature, softcap, entropy=True)
-            logp, entropy, _, lse, _ = few_logits.row_stats(F.linear(states, weight, bias), few_labels, None, wanted)
-        else:
-            logp, lse, entropy = few_logits.linear_log_probs(
-                states, weight, bias, few_labels, temperature, entropy=True
-            )
-        assert entropy is not None
-        found: tuple[Any, ...] = of_few_logits(
-            logp,
-            entropy,
-            lse,
-            locate(few_labels, len(weight))[1],
-            Tokens(old, a, weights, ref, rollout),
-            Objective(loss, clip_low, clip_high, clip_ratio_c, kl_coef, kl_estimator, tis_cap),
-            entropy_coef=entropy_coef,
-            sequences=sequences,
-        )
+    old, a, ref, rollout = (_counted(values, rows, dtype) for values in constants.values())
+    given = _Given(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        rows,
+        few_labels,
+        Tokens(old, a, weights, ref if kl_coef else None, rollout),
+        Sequences(ids, num_seqs, segment_sums) if ids is not None and ratio == "sequence" else None,
+        Wanted(temperature, softcap, entropy=True),
+        objective,
+        entropy_coef,
+        check_labels,
+    )
+    if chosen == "native" and few_logits.suits(len(few_labels) * weight.shape[0], given.hidden):
+        found = _by_few_logits(given)
     elif chosen == "reference":
-        states = flat if rows is None else flat[rows]
-        stats = reference.token_stats(
-            reference.logits(states, weight, bias), few_labels, entropy=True, temperature=temperature, softcap=softcap
-        )
-        assert stats.entropy is not None
-        if few_labels.is_cpu or check_labels:
-            locate(few_labels, weight.shape[0], check=True)
-        inside = (few_labels >= 0) & (few_labels < weight.shape[0])
-        found = reference.policy_loss(
-            stats.logp, stats.entropy, inside, old, a, weights, ref, rollout, ids, ratio=ratio, **settings
-        )
+        found = _by_reference(given)
     else:
-        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-        sequence_ids = ids if ratio == "sequence" else None
-        inputs = (flat, weight, bias, few_labels, rows, old, a, weights, ref, rollout, sequence_ids, num_seqs)
-        chunk = chunk_rows(chunk_bytes, weight.shape[0], flat)
-        rest = (temperature, softcap, chunk, accum_dtype, needs, check_labels, chosen)
-        found = policy_ops.policy_loss(*inputs, *settings.values(), *rest)
+        found = _by_operation(given, chunk_rows(chunk_bytes, weight.shape[0], given.hidden), accum_dtype, chosen)
     value, logp, entropy, ratios, low, high, approx_kl = found[:7]
+    logp, entropy, ratios = (_scattered(values, rows, labels.shape) for values in (logp, entropy, ratios))
+    return PolicyLoss(value, logp, entropy, ratios, low, high, approx_kl)
 
-    def whole(values: Tensor) -> Tensor:
-        if rows is not None:
-            values = values.new_zeros(labels.numel()).index_copy(0, rows, values)
-        return values.view(labels.shape)
 
-    return PolicyLoss(value, whole(logp), whole(entropy), whole(ratios), low, high, approx_kl)
+class _Given(NamedTuple):
+    """A layer with all hidden states ``[N, H]``, the ``rows`` of them that count, and all else of these alone."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None
+    labels: Tensor
+    tokens: Tokens
+    sequences: Sequences | None
+    wanted: Wanted
+    objective: Objective
+    entropy_coef: float
+    check_labels: bool
+
+    def states(self) -> Tensor:
+        """Hidden states of the tokens that count ``[M, H]``."""
+        return self.hidden if self.rows is None else self.hidden.index_select(0, self.rows)
+
+
+def _by_few_logits(given: _Given) -> tuple[Any, ...]:
+    states, weight, bias, labels, wanted = given.states(), given.weight, given.bias, given.labels, given.wanted
+    if given.entropy_coef or wanted.softcap is not None:
+        logp, entropy, _, lse, _ = few_logits.row_stats(F.linear(states, weight, bias), labels, None, wanted)
+    else:
+        temperature = wanted.temperature
+        logp, lse, entropy = few_logits.linear_log_probs(states, weight, bias, labels, temperature, entropy=True)
+    assert entropy is not None
+    return of_few_logits(
+        logp,
+        entropy,
+        lse,
+        locate(labels, len(weight))[1],
+        given.tokens,
+        given.objective,
+        entropy_coef=given.entropy_coef,
+        sequences=given.sequences,
+    )
+
+
+def _by_reference(given: _Given) -> tuple[Any, ...]:
+    labels, weight, (temperature, softcap, *_) = given.labels, given.weight, given.wanted
+    logits = reference.logits(given.states(), weight, given.bias)
+    stats = reference.token_stats(logits, labels, entropy=True, temperature=temperature, softcap=softcap)
+    assert stats.entropy is not None
+    if labels.is_cpu or given.check_labels:
+        locate(labels, weight.shape[0], check=True)
+    old, advantages, weights, ref, rollout = given.tokens
+    return reference.policy_loss(
+        stats.logp,
+        stats.entropy,
+        (labels >= 0) & (labels < weight.shape[0]),
+        old,
+        advantages,
+        weights,
+        ref,
+        rollout,
+        None if given.sequences is None else given.sequences.ids,
+        ratio="token" if given.sequences is None else "sequence",
+        entropy_coef=given.entropy_coef,
+        **given.objective._asdict(),
+    )
+
+
+def _by_operation(given: _Given, chunk: int, accum_dtype: torch.dtype | None, chosen: str) -> tuple[Any, ...]:
+    layer, sequences = (given.hidden, given.weight, given.bias), given.sequences
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in layer]
+    ids, num_seqs = (None, 0) if sequences is None else (sequences.ids, sequences.num)
+    *objective, tis_cap = given.objective
+    temperature, softcap, *_ = given.wanted
+    inputs = (*layer, given.labels, given.rows, *given.tokens, ids, num_seqs)
+    settings = (*objective, given.entropy_coef, tis_cap, temperature, softcap)
+    return policy_ops.policy_loss(*inputs, *settings, chunk, accum_dtype, needs, given.check_labels, chosen)
+
+
+def _counted(values: Any, rows: Tensor | None, to: torch.dtype | None = None) -> Any:
+    """Those of ``[…]`` values that count ``[M]``, constant; None stays None."""
+    if values is None:
+        return None
+    flat = values.detach().reshape(-1)
+    return (flat if rows is None else flat.index_select(0, rows)).to(to or values.dtype)
+
+
+def _scattered(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """The counted tokens' values ``[M]`` in the shape of the labels, with 0 elsewhere."""
+    if rows is not None:
+        values = values.new_zeros(shape.numel()).index_copy(0, rows, values)
+    return values.view(shape)
+
+
+def _check_objective(objective: Objective) -> None:
+    _checks.one_of("loss", objective.loss, LOSSES)
+    _checks.one_of("kl_estimator", objective.kl_estimator, KL_ESTIMATORS)
+    _checks.positive(tis_cap=objective.tis_cap)
+    low, high, bound = objective.clip_low, objective.clip_high, objective.clip_ratio_c
+    if low < 0 or high < 0:
+        raise ValueError(f"clip_low is {low} and clip_high {high}: they must be 0 or more")
+    if bound is not None and (objective.loss == "cispo" or bound <= 1 + high):
+        raise ValueError(f"clip_ratio_c is {bound}: it must exceed 1 + clip_high, and loss must not be cispo")
 
 
 def _check_needs(
