@@ -1,7 +1,6 @@
 """``evaluate``: how good policies and reward models are, with intervals; a table on the terminal and one JSON."""
 
 import contextlib
-import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
+from lightning_align.run.files import write_atomically, writing
 
 if TYPE_CHECKING:
     from lightning_align.lab.evaluation.subjects import Subject
 
 WIDTH = 120  # of tables that go to a file
+REMEDY = "change --out"
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     for note in content["notes"]:
         print(f"note: {note}")
     if options.out is not None:
-        _write(options.out, to_json(content))
+        write_atomically(options.out, to_json(content), REMEDY)
         print(f"wrote {options.out}")
     return 0
 
@@ -127,6 +128,8 @@ def _check(options: Namespace) -> None:
             raise UserError(f"{options.out} is a folder: name a file (--out)")
         if options.out.exists() and not options.overwrite:
             raise UserError(f"{options.out} exists: give another --out, or --overwrite")
+        with writing(options.out, REMEDY):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _check_for_rewards(options: Namespace) -> None:
@@ -134,16 +137,3 @@ def _check_for_rewards(options: Namespace) -> None:
     for name in ("against", "judge", "reward", "gold", "reference", "max_new_tokens"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is for policies, but {options.model[0]} is a reward model: leave it out")
-
-
-def _write(out: Path, content: str) -> None:
-    """Under another name first, so that a full disk leaves the old file."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, out)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {out}: {error.strerror} (change --out)") from error

@@ -8,27 +8,27 @@ from typing import IO
 
 from lightning_align.errors import UserError
 
+RESUME = "make room or mend this, then go on with --resume"
+
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the system refuses while ``path`` is written becomes a :class:`UserError` that names it."""
+def writing(path: Path, remedy: str = RESUME) -> Iterator[None]:
+    """What the system refuses while ``path`` is written becomes a :class:`UserError` that names it and the remedy."""
     try:
         yield
     except Exception as error:
         refusal = _system_error(error)  # torch hides it behind one of its own
         if refusal is None:
             raise
-        raise UserError(
-            f"cannot write {path}: {refusal.strerror or refusal}; make room or mend this, then go on with --resume"
-        ) from error
+        raise UserError(f"cannot write {path}: {refusal.strerror or refusal}; {remedy}") from error
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, remedy: str = RESUME) -> Iterator[IO[bytes]]:
     """A file to write to that takes the place of ``path`` once it is on disk; it lies beside it until then."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with writing(path):
+        with writing(path, remedy):
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
@@ -41,9 +41,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, remedy: str = RESUME) -> None:
     """Write a text file so that a reader, or a crash, sees the old content or the new one."""
-    with replacing(path) as file:
+    with replacing(path, remedy) as file:
         file.write(text.encode())
 
 

@@ -196,6 +196,7 @@ def test_ties_and_bad_records_are_counted(scratch: Any) -> None:
         (["--model", "runs/sft", "--columns", "prompt", *DATA], "--columns takes OURS=THEIRS"),
         (["--model", "runs/sft", "--out", "runs", *DATA], "runs is a folder"),
         (["--model", "runs/sft", "--out", "sft.jsonl", *DATA], "sft.jsonl exists"),
+        (["--model", "runs/sft", "--out", "sft.jsonl/x.json", *DATA], "cannot write sft.jsonl/x.json: "),
         (["--model", "runs/sft", "--refrence", "x", *DATA], "did you mean '--reference'?"),
     ],
 )
