@@ -260,10 +260,17 @@ def test_kto_warns_where_good_and_bad_answers_are_out_of_balance(world: Any) -> 
         world.fit(options)
 
 
-@pytest.mark.parametrize("changes", [{"label": True}, {"prompt": "say so :"}])
-def test_kto_refuses_records_that_are_all_alike(world: Any, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"label": True}, "all answers are good"), ({"prompt": "say so :"}, "all records have the same prompt")],
+)
+def test_kto_refuses_records_that_are_all_alike(
+    world: Any, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
     rows = [{**row, **changes} for row in records("unpaired", size=16)]
-    world.fit({**DPO, **KTO, "data.path": world.write("alike.jsonl", rows)}, code=2)
+    run = world.fit({**DPO, **KTO, "data.path": world.write("alike.jsonl", rows)}, code=2)
+    assert message in capsys.readouterr().err
+    assert not run.path.exists()
 
 
 def test_a_preference_file_serves_kto_too(world: Any) -> None:
