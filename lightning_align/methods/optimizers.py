@@ -31,7 +31,10 @@ def build_optimizer(
         UserError: If the library that has it is not there.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon)
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+        # It could divide by fp16's loss scale on its own; then gradients would be clipped while they are still scaled.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
     if name == "adafactor":
         # its own schedule and scaling off: the learning rate means what it says
         return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)

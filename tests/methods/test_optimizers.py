@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch import nn
 
 from lightning_align.errors import UserError
@@ -40,6 +41,20 @@ def test_it_fits_a_line(name: Any) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_gradients_are_clipped_after_the_loss_scale_is_divided_out() -> None:
+    """What Lightning does under ``16-mixed``: it divides first, except for optimisers that say they do so."""
+    weight = nn.Parameter(torch.ones(4))
+    groups = [{"params": [weight], "weight_decay": 0.0}]
+    optimizer = build_optimizer("adamw", groups, learning_rate=1e-2, betas=(0.9, 0.99), epsilon=1e-8)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((3 * weight).sum()).backward()
+    if not _optimizer_handles_unscaling(optimizer):
+        scaler.unscale_(optimizer)
+    assert nn.utils.clip_grad_norm_([weight], 1.0) == 6.0
+    scaler.step(optimizer)
+    torch.testing.assert_close(weight.detach(), torch.full((4,), 0.99))
 
 
 def test_pre_5_it_resumes_bit_for_bit(world: Any, name: str) -> None:
