@@ -15,6 +15,10 @@ from torch import Tensor
 
 from align_kernels import gae
 from lightning_align.losses.advantages import shaped_rewards
+from lightning_align.losses.best_of_n import best_of_n, best_of_n_kl
+from lightning_align.losses.group import ADVANTAGES, PRESETS, group_policy_loss, overlong_penalty
+from lightning_align.losses.hindsight import Candidates, contrastive_loss
+from lightning_align.losses.judge import both_orders, expected_rating, soft_label
 from lightning_align.losses.kl import KL_ESTIMATORS, kl_estimate, sequence_kl
 from lightning_align.losses.kl_control import AdaptiveKL
 from lightning_align.losses.masked import REDUCTIONS, masked_mean, masked_whiten
@@ -394,3 +398,88 @@ def test_gold_3_kto(dtype: torch.dtype) -> None:
         assert_golden(values.mean(), outputs[loss_name], dtype)
         if sign == 1:
             assert_golden(values, outputs["per_sample"], dtype)
+
+
+# ------------------------------------------------------------------ section 7
+def test_gold_3_rs_1_bon() -> None:
+    inputs, outputs = golden("bon")
+    proxy, gold = (torch.tensor([[*inputs[key], math.nan]], dtype=torch.float64) for key in ("proxy", "gold"))
+    for place, n in enumerate(inputs["n"]):
+        assert_golden(best_of_n(proxy, gold, n)[0], outputs["gold"][place], torch.float64)
+        assert_golden(best_of_n(proxy, proxy, n)[0], outputs["proxy"][place], torch.float64)
+        assert math.isclose(best_of_n_kl(n), outputs["kl"][place], rel_tol=1e-10)
+        rounded = best_of_n(proxy.float(), gold.float(), n)
+        torch.testing.assert_close(rounded, best_of_n(proxy, gold, n), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------ section 9
+@pytest.mark.parametrize("kind", sorted(golden("group_advantages")[1]))
+def test_gold_3_group_advantages(dtype: torch.dtype, kind: str) -> None:
+    inputs, outputs = golden("group_advantages")
+    rewards = torch.tensor(inputs["rewards"])
+    group = torch.arange(len(rewards))[:, None].expand(rewards.shape)
+    # the rows of a batch stand as they come, one of them without score
+    scores = torch.cat(
+        [torch.tensor(inputs["rewards"], dtype=dtype).T.flatten(), torch.tensor([math.nan], dtype=dtype)]
+    )
+    advantages, _ = ADVANTAGES[kind](scores, torch.cat([group.T.flatten(), torch.tensor([1])]))
+    assert_golden(advantages[:-1].view(rewards.T.shape).T, outputs[kind], dtype)
+    assert advantages[-1] == 0
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_gold_3_grp_3_group_losses(layout: Layout, name: str) -> None:
+    """By the table of presets, whose numbers are those of the case."""
+    inputs, outputs = golden("group_losses")
+    assert PRESETS.keys() == outputs.keys()
+    preset = PRESETS[name]
+    loss, metrics = group_policy_loss(
+        *(layout.values(inputs[key]) for key in ("logp", "old_logp")),
+        torch.tensor(inputs["advantages"], dtype=layout.dtype),
+        layout.mask(inputs["mask"]),
+        ratio=preset.ratio,
+        loss=preset.loss,
+        reduction=preset.reduction,
+        epsilon=preset.epsilon,
+        epsilon_high=preset.epsilon_high,
+        beta=preset.beta if preset.kl == "loss" else 0.0,
+        ref_logp=layout.values(inputs["ref_logp"]),
+        max_completion_length=inputs["max_completion_length"],
+    )
+    assert_golden(loss, outputs[name], layout.dtype)
+    assert_golden(ratio(metrics["loss"]).to(layout.dtype), outputs[name], layout.dtype)
+
+
+def test_gold_3_overlong(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("overlong")
+    for lengths in (torch.tensor(inputs["lengths"]), torch.tensor(inputs["lengths"], dtype=dtype)):
+        penalty = overlong_penalty(lengths, inputs["l_max"], inputs["l_cache"])
+        assert_golden(penalty, outputs["penalty"], dtype if lengths.is_floating_point() else torch.float32)
+
+
+# ------------------------------------------------------------------ sections 11 to 13
+def test_gold_3_hir(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("hir")
+    logp = torch.nn.functional.pad(torch.tensor(inputs["ell"], dtype=dtype), (0, 2), value=GARBAGE)
+    instruction = torch.tensor([0, 1, 2, 3, -1, 0]).expand(logp.shape)  # no candidate, and one that repeats the first
+    logp[:, -1] = logp[:, 0]
+    loss, metrics = contrastive_loss(Candidates(logp, instruction, torch.arange(3)))
+    assert_golden(loss / 3, outputs["contrast"], dtype)
+    assert_golden(ratio(metrics["hir/contrast_accuracy"]).to(dtype), outputs["accuracy"], dtype)
+
+
+def test_gold_3_ai_label(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("ai_label")
+    logp_a, logp_b, first, swapped = (
+        torch.tensor(inputs[key], dtype=dtype) for key in ("logp_a", "logp_b", "p_order1", "p_order2")
+    )
+    assert_golden(soft_label(logp_a, logp_b), outputs["soft"], dtype)
+    assert_golden(soft_label(logp_a, logp_b, bounds=(0.4, 0.6)), outputs["clamped"], dtype)
+    assert_golden(both_orders(first, swapped)[0], outputs["debiased"], dtype)
+
+
+def test_gold_3_drlaif(dtype: torch.dtype) -> None:
+    inputs, outputs = golden("drlaif")
+    rating = expected_rating(torch.tensor([inputs["logp"]], dtype=dtype))
+    assert_golden(rating.score[0], outputs["score"], dtype)
+    assert_golden(rating.reward[0], outputs["reward"], dtype)

@@ -379,6 +379,20 @@ def test_padding_changes_no_loss_gradient_or_metric(name: str, garbage: float) -
     assert not gradient[~wide["mask"]].any()
 
 
+def test_advantages_by_token_and_of_empty_completions_may_be_anything_outside_the_mask() -> None:
+    batch = draw_batch(4)
+    batch["mask"][2] = False
+    for options in VARIANTS.values():
+        expected, metrics = loss_of(batch, **options)
+        by_row = {**batch, "advantages": batch["advantages"].index_fill(0, torch.tensor(2), NAN)}
+        by_token = {**batch, "advantages": batch["advantages"][:, None].expand(5, 7).where(batch["mask"], NAN)}
+        for same in (by_row, by_token):
+            loss, same_metrics = loss_of(same, **options)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(same_metrics, metrics)
+            torch.testing.assert_close(gradient_of(same, **options), gradient_of(batch, **options))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_conv_9_a_batch_without_tokens_or_rows_has_loss_and_gradient_0(name: str) -> None:
     for rows in (3, 0):
@@ -463,7 +477,9 @@ def test_gradient_flows_through_the_current_policy_only() -> None:
     for name, options in VARIANTS.items():
         batch = draw_batch(3)
         tensors = [batch[key].requires_grad_() for key in batch if key != "mask"]
-        loss_of(batch, **options)[0].backward()
+        loss, metrics = loss_of(batch, **options)
+        loss.backward()
+        assert not any(value.requires_grad for sides in metrics.values() for value in sides)
         assert batch["logp"].grad is not None, name
         assert batch["logp"].grad.any()
         assert all(tensor.grad is None for tensor in tensors if tensor is not batch["logp"])

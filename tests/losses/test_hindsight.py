@@ -176,6 +176,7 @@ def test_the_three_terms_add_up() -> None:
     chaos = (weights * entropy).sum() / weights.sum()
     apart = contrastive_loss(candidates)[0] / ROWS
     torch.testing.assert_close(loss, nll + 0.7 * apart - 0.3 * chaos)
+    assert not any(value.requires_grad for sides in metrics.values() for value in sides)
     terms = {name: a / b for name, (a, b) in metrics.items()}
     torch.testing.assert_close(terms["hir/loss_sup"], nll.detach())
     torch.testing.assert_close(terms["hir/loss_contrast"], apart)
