@@ -37,10 +37,11 @@ def _weights(count: Tensor, samples: int, n: int) -> Tensor:
     """Probability that the k-th best of ``count`` samples is the best of n of them, k = 1 … N: ``[P, N]``.
 
     w_1 = n/count, w_{k+1} = w_k (count − k + 1 − n)/(count − k): the binomials themselves would overflow.
+    From the place on where fewer than n are left it is 0.
     """
     count = count.double()[:, None]
     worse = count - torch.arange(1, samples, device=count.device)  # samples below the k-th, k = 1 … N − 1
-    ratios = (worse + 1 - n).clamp(min=0) / worse.clamp(min=1)
+    ratios = (worse + 1 - n) / worse.clamp(min=1)
     return torch.cat([n / count, ratios], dim=1).cumprod(1)
 
 

@@ -300,7 +300,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, delta: 
 def _share(hits: Tensor, mask: Tensor, *, by_token: bool) -> tuple[Tensor, Tensor]:
     """Hits ``[B, T]`` and their possible number: tokens, or non-empty completions if all tokens of one agree."""
     if not by_token:
-        hits, mask = (hits & mask).any(1), mask.any(1)
+        hits, mask = hits.any(1), mask.any(1)  # advantages outside the mask are 0: no hits
     return masked_sum(hits, mask), mask.sum().float()
 
 

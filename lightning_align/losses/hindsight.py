@@ -73,7 +73,7 @@ def hindsight_loss(
     per_token = tokens.clamp(min=torch.finfo(tokens.dtype).tiny) if token_normaliser is None else token_normaliser
     loss = loss / per_token
     if entropy is not None:
-        total = masked_sum(loss_weights * at_least_float32(entropy).where(learnt, 0.0), learnt)
+        total = masked_sum(loss_weights * at_least_float32(entropy), learnt)
         metrics["hir/entropy"] = (total.detach(), tokens)
         loss = loss - entropy_coef * total / per_token
     if candidates is not None:
@@ -127,9 +127,9 @@ def contrastive_loss(candidates: Candidates, *, rows: Tensor | None = None) -> t
     """
     own = candidates.own
     rows = torch.ones_like(own, dtype=torch.bool) if rows is None else rows.bool()
-    counted = _distinct(candidates.instruction, own) & rows[:, None]
+    counted = _distinct(candidates.instruction, own)
     scores = at_least_float32(candidates.logp).where(counted, -torch.inf)
-    scores = torch.where(rows[:, None], scores, 0.0)  # all −inf would have NaN for a gradient
+    scores = torch.where(rows[:, None], scores, 0.0)  # NaN and all −inf would have NaN for a gradient
     right = scores.gather(1, own[:, None])[:, 0]
     loss = masked_sum(scores.logsumexp(1) - right, rows)
     best = scores.detach() == scores.detach().amax(1, keepdim=True)
