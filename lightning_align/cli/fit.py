@@ -180,9 +180,8 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
     online = isinstance(module, OnlineModule)
     check_trainer_options(config.trainer, online=online)
     if online:
-        samples = cli.datamodule.batch_size * module.sampling.num_samples
-        steps = module.num_mini_batches
-        check_options("model", ("num_mini_batches", steps, steps <= samples, f"at most {samples}, one a completion"))
+        steps, prompts = module.num_mini_batches, cli.datamodule.batch_size
+        check_options("model", ("num_mini_batches", steps, steps <= prompts, f"at most {prompts}, one a prompt"))
     files = FileLogger(run.path)
     checkpoints = RunCheckpoints(
         run,

@@ -265,13 +265,20 @@ class PromptDataModule(BaseDataModule):
         return PromptRows(table, self.splits.read(split).records)
 
     def _build_train_loader(self) -> TrainLoader:
+        return self._stream(self.seed)
+
+    def further_loader(self) -> TrainLoader:
+        """The training prompts in another order, for methods that need more of them than a batch."""
+        return self._stream(self.seed + 1)
+
+    def _stream(self, seed: int) -> StreamLoader:
         world_size, rank = self._processes()
         return StreamLoader(
             self.datasets["train"],
             batch_size=self.batch_size,
             world_size=world_size,
             rank=rank,
-            seed=self.seed,
+            seed=seed,
             shuffle=self.shuffle,
         )
 

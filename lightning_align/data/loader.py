@@ -156,6 +156,12 @@ class StreamLoader(TrainLoader):
         return elements
 
 
+def endless(loader: TrainLoader) -> Iterator[Batch]:
+    """Batches of a loader, epoch after epoch."""
+    while True:
+        yield from loader
+
+
 class EvalLoader:
     """Every element once, in the same order every time; process r of n takes every n-th batch.
 

@@ -23,7 +23,7 @@ from lightning_align.data.templates import Conventions, conventions
 
 Record = Mapping[str, Any]
 Ties = Literal["drop", "soft", "rao_kupper", "davidson"]  # all but the first keep them
-CHUNK = 4096  # records tokenised at once
+CHUNK = 256  # records tokenised at once
 NOTHING_LEFT = "no token left to learn from"
 Row = tuple[list[int], list[bool], float, int]  # ids, loss mask, weight, index of the record
 

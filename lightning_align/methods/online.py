@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_align.data.answer_rows import packed_rows
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics
@@ -25,12 +27,15 @@ from lightning_align.methods.measures import (
     length_columns,
     part_columns,
     score_columns,
+    truncated,
     with_deviations,
 )
+from lightning_align.models.answers import answer_token_stats
 from lightning_align.models.heads import RewardModel
 from lightning_align.models.loading import Parameters
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.models.lora import WithoutAdapter, share_frozen
+from lightning_align.models.masks import keeps_documents_apart
 from lightning_align.rewards.base import Reward, Scores
 from lightning_align.rewards.build import build_reward, learned_sources, parse_reward
 from lightning_align.rewards.spec import check_files
@@ -41,6 +46,7 @@ from lightning_align.run.logging import log_samples
 RewardSpec = str | dict[str, Any]
 # Sampling seeds: runs are 2^40 apart, iterations a prime.
 RUN_STRIDE, ITERATION_STRIDE = 1 << 40, 1_000_003
+ENGINE_DIFFERENCE = "sampling/sampling_logp_difference"
 GUARD_WINDOW = 3  # iterations whose mean KL the hard limit looks at
 Objective = Callable[[], tuple[Tensor, Metrics]]
 
@@ -134,6 +140,7 @@ class OnlineModule(AlignModule):
                 parse_reward(spec)  # a mistake is said before anything is loaded
         self.iterations = iterations
         self.iteration = 0
+        self.draws = 0  # batches of prompts sampled in this iteration
         self.episodes = 0
         self.reward_spec = reward
         self.gold_spec = gold
@@ -183,6 +190,15 @@ class OnlineModule(AlignModule):
             )
             for network in learned_networks(self.frozen.reward, self.frozen.gold):
                 self.share_base(network)
+
+    def warn_of_truncation(self) -> None:
+        """Say that a policy gradient is biased where samples come from less than the whole distribution."""
+        if self.sampling.truncates:
+            warnings.warn(
+                "model.top_k, top_p or min_p cut the distribution that is sampled from, while the ratios of the policy "
+                "gradient are of the whole one: expect a biased gradient",
+                stacklevel=3,
+            )
 
     def build_reference(self) -> nn.Module | WithoutAdapter:
         """The policy as it is now: a copy, or its base."""
@@ -272,10 +288,13 @@ class OnlineModule(AlignModule):
         collected = time.perf_counter()
         self.train(self.gradient_checkpointing)  # transformers recomputes activations in training mode only
         metrics |= self.learn(experience)
+        self.sampler.refresh()  # it cannot see by itself what a fused or an 8-bit optimiser has written
         self.eval()
         finished = time.perf_counter()
-        episodes = len(experience) * self.trainer.world_size
+        rows = len(batch["prompt_ids"]) * self.sampling.num_samples
+        episodes = self.draws * rows * self.trainer.world_size
         self.iteration += 1
+        self.draws = 0
         self.episodes += episodes
         metrics |= {
             "time/train": finished - collected,
@@ -311,9 +330,14 @@ class OnlineModule(AlignModule):
         return int(os.environ.get("PL_GLOBAL_SEED", "0")) * RUN_STRIDE
 
     def sample(self, batch: Mapping[str, Any]) -> Rollout:
-        """Completions of a batch of prompts; seeds depend on the run's, the iteration and the row among all ranks."""
+        """Completions of a batch of prompts.
+
+        Seeds depend on the run's, the iteration, the batches drawn in it before, and the row among all ranks.
+        """
         rows = len(batch["prompt_ids"]) * self.sampling.num_samples
-        first = self.seed() + ITERATION_STRIDE * self.iteration + self.trainer.global_rank * rows
+        place = self.draws * self.trainer.world_size + self.trainer.global_rank
+        first = self.seed() + ITERATION_STRIDE * self.iteration + place * rows
+        self.draws += 1
         return self.draw(batch, self.sampling, range(first, first + rows))
 
     def draw(self, batch: Mapping[str, Any], params: SamplingParams, seeds: Sequence[int]) -> Rollout:
@@ -333,11 +357,9 @@ class OnlineModule(AlignModule):
         """Token statistics of a whole rollout without gradient, a micro-batch of similar length at a time."""
 
         def compute(part: Rollout) -> TokenStats:
-            return token_stats(
+            return self.completion_stats(
                 model,
-                part.input_ids,
-                part.attention_mask,
-                mask=part.completion_mask,
+                part,
                 temperature=self.temperature if temperature is None else temperature,
                 entropy=entropy,
                 ref_model=against,
@@ -347,12 +369,44 @@ class OnlineModule(AlignModule):
         assert logp is not None
         return TokenStats(logp, *others)
 
+    def completion_stats(self, model: nn.Module | WithoutAdapter, rollout: Rollout, **options: Any) -> TokenStats:
+        """Statistics of completions ``[B, T]`` with gradient, in one forward pass.
+
+        A prompt with several completions is encoded once, where that is cheaper and the model can tell them apart.
+
+        Args:
+            model: The policy, or its reference.
+            rollout: The completions.
+            options: Of :func:`token_stats`.
+        """
+        mask = rollout.completion_mask
+        if len(rollout.prompt_index.unique()) == len(rollout) or not self.tells_apart():
+            return token_stats(model, rollout.input_ids, rollout.attention_mask, mask=mask, **options)
+        assert isinstance(self.model, PreTrainedModel)
+        batch = {name: getattr(rollout, name) for name in ("input_ids", "attention_mask", "completion_mask")}
+        rows = packed_rows({**batch, "group": rollout.prompt_index}, self.model.config.get_text_config().hidden_size)
+        places = mask.flatten().nonzero()[:, 0]
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return values.new_zeros(mask.numel()).index_copy(0, places, values[rows.mask]).view(mask.shape)
+
+        logp, *others = map(spread, answer_token_stats(model, rows, **options))
+        assert logp is not None
+        return TokenStats(logp, *others)
+
+    def tells_apart(self) -> bool:
+        """Whether the policy can see several completions behind one prompt without mixing them up."""
+        assert isinstance(self.model, PreTrainedModel)
+        return keeps_documents_apart(self.model, "every completion gets a row of its own, with its prompt")
+
     def in_micro_batches(
         self, rollout: Rollout, compute: Callable[[Rollout], Sequence[Tensor | None]]
     ) -> list[Tensor | None]:
         """What ``compute`` returns for micro-batches (tensors ``[n]`` or ``[n, t]``), put together for all rows."""
         columns: list[Tensor | None] = []
-        for rows in by_length(rollout.attention_mask, self.micro_batch_size):
+        for rows in by_length(rollout, self.micro_batch_size):
             results = compute(rollout.select(rows).cropped())
             if not columns:
                 columns = [None if r is None else r.new_zeros(rollout.input_ids.shape[: r.ndim]) for r in results]
@@ -395,9 +449,9 @@ class OnlineModule(AlignModule):
 
     def step_gradients(self, minibatch: Experience) -> Metrics:
         """Gradients of one optimiser step, a micro-batch at a time; returns its metrics."""
-        normaliser = self.all_reduce(minibatch.completion_mask.sum().float()).clamp(min=1)
+        normaliser = self.all_reduce(self.divisor(minibatch).float()).clamp(min=1)
         objectives = self.further_objectives()
-        for rows in by_length(minibatch.attention_mask, self.micro_batch_size):
+        for rows in by_length(minibatch.rollout, self.micro_batch_size):
             objectives.append(partial(self._micro_loss, minibatch, rows, normaliser))
         sums: Metrics = {}
         for index, objective in enumerate(objectives):
@@ -408,8 +462,12 @@ class OnlineModule(AlignModule):
             add_sums(sums, micro)
         return sums
 
-    def _micro_loss(self, minibatch: Experience, rows: Tensor, normaliser: Tensor) -> tuple[Tensor, Metrics]:
+    def _micro_loss(self, minibatch: Experience, rows: Sequence[int], normaliser: Tensor) -> tuple[Tensor, Metrics]:
         return self.minibatch_loss(minibatch.select(rows).cropped(), normaliser)
+
+    def divisor(self, minibatch: Experience) -> Tensor:
+        """What the summed loss is divided by, before it is added up over all ranks: here the number of tokens."""
+        return minibatch.completion_mask.sum()
 
     def further_objectives(self) -> list[Objective]:
         """Hook: losses on other data that are added to every optimiser step."""
@@ -479,14 +537,29 @@ class OnlineModule(AlignModule):
         if self.temperature == 1.0 and not self.sampling.truncates:  # otherwise only the evaluation measures it
             columns["lab/kl"] = kl
         sums = column_sums(columns)
-        difference = torch.where(mask, (policy.logp - rollout.engine_logp).abs(), 0.0)
-        sums["sampling/sampling_logp_difference/mean"] = (difference.sum(), mask.sum())
         sums["kl/per_token"] = (kl.sum(), mask.sum())
-        metrics = with_deviations(self.ratios(sums))
-        metrics["sampling/sampling_logp_difference/max"] = float(self.all_reduce(difference.max(), "max"))
+        metrics = with_deviations(self.ratios(sums)) | self.length_metrics(rollout)
         ended = torch.tensor(float(rollout.finish_reason.count("eos")), device=self.device)
         metrics["val/num_eos_tokens"] = float(self.all_reduce(ended))
         return metrics
+
+    def length_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Shortest and longest completions, of all and of those that ended by themselves."""
+        extremes: dict[str, float] = {}
+        for name, rows in (("", slice(None)), ("terminated_", ~truncated(rollout))):
+            lengths = rollout.completion_lengths[rows].float()
+            ends = torch.stack([lengths.max(), -lengths.min()]) if len(lengths) else lengths.new_full((2,), -torch.inf)
+            longest, shortest = self.all_reduce(ends, "max").tolist()
+            if longest > -torch.inf:
+                extremes |= {f"completions/min_{name}length": -shortest, f"completions/max_{name}length": longest}
+        return extremes
+
+    def engine_metrics(self, rollout: Rollout, logp: Tensor) -> dict[str, float]:
+        """How far the engine's log-probs are from those ``[B, T]`` of the training forward, over all ranks."""
+        mask = rollout.completion_mask
+        difference = torch.where(mask, (logp - rollout.engine_logp).abs(), 0.0)
+        metrics = self.ratios({f"{ENGINE_DIFFERENCE}/mean": (difference.sum(), mask.sum())})
+        return metrics | {f"{ENGINE_DIFFERENCE}/max": float(self.all_reduce(difference.max(), "max"))}
 
     # ------------------------------------------------------------------ state
     def total_steps(self) -> int:

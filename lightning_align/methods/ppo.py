@@ -1,7 +1,5 @@
 """PPO with a KL penalty: reinforcement learning from a reward model."""
 
-import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import align_kernels
 from lightning_align.data.datamodules import TextDataModule
+from lightning_align.data.loader import endless
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.advantages import scored_mask, shaped_rewards
 from lightning_align.losses.kl import kl_estimate, sequence_kl
@@ -151,12 +150,7 @@ class PPOModule(OnlineModule):
             )
         if (ptx_coef > 0) != (ptx_path is not None):
             raise UserError("model.ptx_coef and model.ptx_path belong together: give both, the weight above 0, or none")
-        if self.sampling.truncates:
-            warnings.warn(
-                "model.top_k, top_p or min_p cut the distribution that is sampled from, while PPO's ratios are of the "
-                "whole one: expect a biased gradient",
-                stacklevel=2,
-            )
+        self.warn_of_truncation()
         self.value_lr = learning_rate if value_lr is None else value_lr
         self.kl_controller: KLController = (
             FixedKL(kl_coef) if kl_control == "fixed" else AdaptiveKL(kl_coef, target=kl_target, horizon=kl_horizon)
@@ -245,7 +239,7 @@ class PPOModule(OnlineModule):
         reference = self.stats(self.frozen.reference, rollout)
         values = self.values(rollout)
         proxy = self.scores(self.frozen.reward, rollout)
-        metrics = self.sample_metrics(rollout, proxy, policy, reference)
+        metrics = self.sample_metrics(rollout, proxy, policy, reference) | self.engine_metrics(rollout, policy.logp)
         scores = self.shape_scores(proxy.total, rollout)
         mask = scored_mask(rollout.completion_mask, scores)
         kl = policy.kl if policy.kl is not None else kl_estimate(policy.logp, reference.logp, self.kl_estimator)
@@ -369,14 +363,7 @@ class PPOModule(OnlineModule):
 
     def current_stats(self, experience: Experience) -> TokenStats:
         """Log-probs and entropies under the policy as it is now."""
-        return token_stats(
-            self.model,
-            experience.input_ids,
-            experience.attention_mask,
-            mask=experience.completion_mask,
-            temperature=self.temperature,
-            entropy=True,
-        )
+        return self.completion_stats(self.model, experience.rollout, temperature=self.temperature, entropy=True)
 
     def value_objective(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:
         """Clipped loss of the value model."""
@@ -451,12 +438,6 @@ class PPOModule(OnlineModule):
         self.score_moments = list(method["score_moments"])
         if hasattr(self, "ptx_loader"):  # not for validate and test
             self.ptx_loader.load_state_dict(method["ptx"])
-
-
-def endless(loader: Any) -> Iterator[Mapping[str, Tensor]]:
-    """Batches of a loader, epoch after epoch."""
-    while True:
-        yield from loader
 
 
 def trunk_for_values(reward: Reward, tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,11 +1,13 @@
 """Log-probs of whole answers, wherever their tokens lie: in padded rows, packed, or behind a prompt they share."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_align.models.logprobs import token_stats
+from lightning_align.models.logprobs import TokenStats, token_stats
+from lightning_align.models.lora import WithoutAdapter
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,28 @@ def answer_stats(
     mean_logit: bool = False,
 ) -> AnswerStats:
     """Statistics of the answers under ``model``, differentiable in log-prob and entropy; the head sees no prompt."""
+    stats = answer_token_stats(model, rows, entropy=entropy, correct=correct, mean_logit=mean_logit)
+
+    def total(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.sum(1)
+
+    return AnswerStats(
+        stats.logp.sum(1),
+        rows.mask.sum(1).to(stats.logp.dtype),
+        total(stats.entropy),
+        total(stats.correct),
+        total(stats.mean_logit),
+    )
+
+
+def answer_token_stats(model: nn.Module | WithoutAdapter, rows: AnswerRows, **options: Any) -> TokenStats:
+    """Statistics of each token of the answers ``[R, C]``, 0 where there is none.
+
+    Args:
+        model: As for :func:`token_stats`.
+        rows: Where the answers are.
+        options: What else :func:`token_stats` takes: ``temperature``, ``entropy``, ``ref_model`` …
+    """
     wanted = torch.zeros_like(rows.attention_mask, dtype=torch.bool).view(-1)
     wanted[rows.slots[rows.mask]] = True
     stats = token_stats(
@@ -66,19 +90,13 @@ def answer_stats(
         mask=wanted.view_as(rows.attention_mask),
         position_ids=rows.position_ids,
         document_ids=rows.document_ids,
-        entropy=entropy,
-        correct=correct,
-        mean_logit=mean_logit,
+        **options,
     )
 
-    def total(values: Tensor) -> Tensor:
+    def gathered(values: Tensor | None) -> Tensor | None:
         # gathered, not scattered: the order of summation is that of the tokens
-        return values.reshape(-1)[rows.slots].where(rows.mask, 0).sum(1)
+        return None if values is None else values.reshape(-1)[rows.slots].where(rows.mask, 0)
 
-    return AnswerStats(
-        total(stats.logp),
-        rows.mask.sum(1).to(stats.logp.dtype),
-        None if stats.entropy is None else total(stats.entropy),
-        None if stats.correct is None else total(stats.correct),
-        None if stats.mean_logit is None else total(stats.mean_logit),
-    )
+    logp, *others = map(gathered, stats)
+    assert logp is not None
+    return TokenStats(logp, *others)

@@ -100,6 +100,13 @@ class Rollout:
         """Tokens of each completion, [B] int64."""
         return self.completion_mask.sum(1)
 
+    def rows_of_prompts(self) -> list[list[int]]:
+        """Row numbers of each prompt's completions, in the order of the prompts' first rows."""
+        rows: dict[int, list[int]] = {}
+        for row, prompt in enumerate(self.prompt_index.tolist()):
+            rows.setdefault(prompt, []).append(row)
+        return list(rows.values())
+
     def completion_ids(self) -> list[list[int]]:
         """Token ids of each completion, the ending token included."""
         return [row[mask].tolist() for row, mask in zip(self.input_ids, self.completion_mask, strict=True)]
@@ -131,7 +138,7 @@ class Experience:
         ref_logp: Log-probs under the reference.
         values: Value of the state before each token.
         rewards: Per-token rewards.
-        advantages: Advantages.
+        advantages: Advantages; of methods without a value function one a completion, [B].
         returns: Targets of the value function.
     """
 
@@ -179,14 +186,43 @@ class Experience:
         return _map_fields(self, lambda value: _crop(value, width))
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
-        """``count`` minibatches of a fresh shuffle, as equal in size as possible; every row is in exactly one."""
-        if not 1 <= count <= len(self):
+        """``count`` minibatches of a fresh shuffle of the prompts, as equal in prompts as possible.
+
+        The completions of a prompt stay together: their prompt is encoded once.
+        """
+        prompts = self.rollout.rows_of_prompts()
+        if not 1 <= count <= len(prompts):
             raise UserError(
-                f"{count} minibatches of {len(self)} completions: num_mini_batches must be 1 to {len(self)}"
+                f"{count} minibatches of {len(prompts)} prompts: num_mini_batches must be 1 to {len(prompts)}"
             )
-        order = torch.randperm(len(self), generator=generator)
-        for indices in order.tensor_split(count):
-            yield self.select(indices)
+        order = torch.randperm(len(prompts), generator=generator)
+        for part in order.tensor_split(count):
+            yield self.select([row for prompt in part.tolist() for row in prompts[prompt]])
+
+
+def concatenate(parts: Sequence[Experience]) -> Experience:
+    """The rows of all parts, padded to one length, prompts numbered through; parts have the same fields."""
+    width = max(part.input_ids.shape[1] for part in parts)
+    return _join([replace(part, rollout=_renumbered(part.rollout, number)) for number, part in enumerate(parts)], width)
+
+
+def _renumbered(rollout: Rollout, part: int) -> Rollout:
+    # far enough apart for any batch of prompts
+    return replace(rollout, prompt_index=rollout.prompt_index + (part << 32))
+
+
+def _join(values: Sequence[Any], width: int) -> Any:
+    first = values[0]
+    if isinstance(first, Rollout | Experience):
+        columns = {item.name: [getattr(value, item.name) for value in values] for item in fields(first)}
+        return type(first)(**{name: _join(column, width) for name, column in columns.items()})
+    if isinstance(first, Mapping):
+        return {name: _join([value[name] for value in values], width) for name in first}
+    if isinstance(first, list):
+        return [item for value in values for item in value]
+    if first is None or first.ndim == 1:
+        return None if first is None else torch.cat(list(values))
+    return torch.cat([torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values])
 
 
 def _map_fields(instance: Fields, function: Callable[[Any], Any]) -> Fields:
@@ -225,6 +261,19 @@ def _crop(value: Any, width: int) -> Any:
     return value[:, :width] if isinstance(value, Tensor) and value.ndim == 2 else value
 
 
-def by_length(attention_mask: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Row numbers in groups of at most ``size`` rows [B, T] of similar length, the longest first."""
-    return attention_mask.sum(1).argsort(descending=True, stable=True).split(size)
+def by_length(rollout: Rollout, size: int) -> list[list[int]]:
+    """Row numbers in groups of at most ``size`` rows of similar length, the longest first.
+
+    The completions of a prompt are in one group, unless they are more than ``size``.
+    """
+    lengths = rollout.attention_mask.sum(1).tolist()
+    prompts = sorted(rollout.rows_of_prompts(), key=lambda rows: -max(lengths[row] for row in rows))
+    groups: list[list[int]] = []
+    for rows in prompts:
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            if groups and len(groups[-1]) + len(part) <= size:
+                groups[-1] += part
+            else:
+                groups.append(part)
+    return groups

@@ -112,10 +112,10 @@ UNUSABLE: dict[str, tuple[str, list[str], str]] = {
         ["--model.max_new_tokens=96"],
         "model.max_new_tokens is 96, but runs/sft has 96 positions: no prompt fits before such a completion",
     ),
-    "more minibatches than samples": (
+    "more minibatches than prompts": (
         "ppo",
         ["--model.num_mini_batches=9"],
-        "model.num_mini_batches is 9: give at most 8, one a completion",
+        "model.num_mini_batches is 9: give at most 8, one a prompt",
     ),
     "validation beyond the epoch": (
         "sft",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_align.errors import UserError
 from lightning_align.rollout import Experience, Rollout, SamplingParams
+from lightning_align.rollout.types import by_length
 
-ROWS, WIDTH = 7, 5
+ROWS, WIDTH, PROMPTS = 7, 5, 4
 
 
 @pytest.fixture
@@ -125,13 +126,15 @@ def test_moving_moves_every_tensor(experience: Experience) -> None:
     assert moved.rollout.records == experience.rollout.records
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, ROWS])
-def test_minibatches_partition_the_rows(experience: Experience, count: int) -> None:
+@pytest.mark.parametrize("count", range(1, PROMPTS + 1))
+def test_minibatches_partition_the_prompts(experience: Experience, count: int) -> None:
     generator = torch.Generator().manual_seed(1)
     batches = list(experience.minibatches(count, generator))
-    sizes = [len(batch) for batch in batches]
+    prompts = [batch.rollout.prompt_index.tolist() for batch in batches]
+    sizes = [len(set(batch)) for batch in prompts]
     assert len(batches) == count
     assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == PROMPTS
     seen = [record["number"] for batch in batches for record in batch.rollout.records]
     assert sorted(seen) == list(range(ROWS))
     assert [score for batch in batches for score in batch.scores.tolist()] == seen
@@ -147,7 +150,28 @@ def test_minibatches_are_a_fresh_shuffle_of_their_generator(experience: Experien
     assert orders(1) != orders(2)
 
 
-@pytest.mark.parametrize("count", [0, ROWS + 1])
+@pytest.mark.parametrize("count", [0, PROMPTS + 1])
 def test_impossible_numbers_of_minibatches_are_refused(experience: Experience, count: int) -> None:
-    with pytest.raises(UserError, match=f"{count} minibatches of {ROWS} completions"):
+    with pytest.raises(UserError, match=f"{count} minibatches of {PROMPTS} prompts"):
         list(experience.minibatches(count, torch.Generator()))
+
+
+@pytest.mark.parametrize(
+    ("size", "groups"),
+    [
+        (7, [[0, 1, 2, 3, 4, 5, 6]]),  # longest of each prompt: 5, 5, 5, 2
+        (4, [[0, 1, 2, 3], [4, 5, 6]]),
+        (3, [[0, 1], [2, 3], [4, 5, 6]]),
+        (2, [[0, 1], [2, 3], [4, 5], [6]]),
+        (1, [[0], [1], [2], [3], [4], [5], [6]]),
+    ],
+)
+def test_completions_of_a_prompt_share_a_micro_batch_where_they_fit(
+    rollout: Rollout, size: int, groups: list[list[int]]
+) -> None:
+    assert by_length(rollout, size) == groups
+
+
+def test_longest_prompts_come_first(rollout: Rollout) -> None:
+    order = [6, 5, 4, 2, 3]
+    assert by_length(rollout.select(order), 2) == [[1, 2], [3, 4], [0]]

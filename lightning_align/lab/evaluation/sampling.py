@@ -125,7 +125,7 @@ class Policy:
     def token_columns(self, rollout: Rollout, reference: PreTrainedModel | None) -> dict[str, Tensor]:
         """Sums over the tokens of each completion ``[B]``: entropy, and three estimates of the KL to the reference."""
         columns: dict[str, Tensor] = {}
-        for rows in by_length(rollout.attention_mask, self.settings.batch_size):
+        for rows in by_length(rollout, self.settings.batch_size):
             part = rollout.select(rows).cropped()
             for name, values in self._sums(part, reference).items():
                 columns.setdefault(name, values.new_zeros(len(rollout)))[rows] = values
