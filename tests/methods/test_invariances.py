@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.methods import dpo, reward
+from lightning_align.methods import online as online_spine
 from lightning_align.models import heads, logprobs
 from lightning_align.playground import records
 
@@ -74,6 +75,11 @@ MIXED, KTO = {"model.loss_type": ["sigmoid", "orpo"]}, {"model.loss_type": "kto"
 TIES = {"data.ties": "davidson"}
 RANKING = {"model.objective": "plackett_luce", "model.center_rewards_coefficient": 0.01, "data.ties": "soft"}
 SCORES = {"model.objective": "huber"}
+# ratios that are not 1, a KL in the loss, and statistics of the batch beside those of the group
+GROUPS = {
+    **{"model.preset": "dapo", "model.dynamic_sampling": False, "model.samples_per_prompt": 4, "model.num_epochs": 2},
+    **{"model.advantage": "batch_std", "model.kl": "loss", "model.beta": 0.1},
+}
 METHODS = {
     "pretrain": Method(
         offline("PretrainModule", "model.yaml", "TextDataModule", "text", **UNPACKED), "loss_weights", packs=True
@@ -86,6 +92,7 @@ METHODS = {
     "dpo_lora": Method(offline("DPOModule", "sft", "PreferenceDataModule", "preference", **LORA), "pair_weight"),
     "kto": Method(offline("DPOModule", "sft", "PreferenceDataModule", "unpaired", **KTO), "weight", smallest=2),
     "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
+    "grpo": Method(online("GRPOModule", **GROUPS), "advantages"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -184,7 +191,7 @@ def padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "attention_inputs", wrong)
     rows = dpo.packed_rows
     ones = lambda batch: {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
-    for method in (dpo, reward):
+    for method in (dpo, reward, online_spine):
         monkeypatch.setattr(method, "packed_rows", lambda batch, width: rows(ones(batch), width))
 
 
@@ -283,7 +290,10 @@ def test_pre_1_documents_that_see_each_other_are_noticed(
 
 # ------------------------------------------------------------------------------------------------- runs of the Trainer
 # what depends on micro-batches rather than on what is in them
-OF_THE_SPLIT = {"epoch", "empty_batches", "min_reward", "max_reward"}
+OF_THE_SPLIT = {
+    *("epoch", "empty_batches", "min_reward", "max_reward"),
+    *("clip_ratio/low_min", "clip_ratio/high_max"),
+}
 
 
 def differences(first: Any, second: Any, tolerance: float) -> list[str]:
@@ -448,6 +458,7 @@ def test_ppo_15_comp_4_two_processes_are_one(world: Any, whole: Any, name: str) 
         *(("pretrain", "no_world_size"), ("sft", "mean_of_means"), ("reward", "own_statistics")),
         ("kto", "own_statistics"),
         *(("ppo", "no_world_size"), ("ppo", "equal_seeds"), ("ppo", "own_statistics")),
+        *(("grpo", "no_world_size"), ("grpo", "own_statistics")),
     ],
 )
 def test_two_processes_that_are_not_one_are_noticed(world: Any, whole: Any, name: str, what: str) -> None:
