@@ -70,6 +70,13 @@ def test_rm_3_swapping_the_sides() -> None:
     assert math.isclose(float(level), math.log(2), rel_tol=1e-6)
 
 
+def test_smoothing_leaves_a_tie_a_tie() -> None:
+    sides, tie = random_scores(), torch.full((4,), 0.5, dtype=torch.float64)
+    plain, smoothed = (interleaved(*sides, label=tie, label_smoothing=rate)[0] for rate in (0.0, 0.2))
+    torch.testing.assert_close(smoothed, plain)
+    torch.testing.assert_close(interleaved(*sides[::-1], label=tie, label_smoothing=0.2)[0], plain)
+
+
 @pytest.mark.parametrize("table", [[0.0] * 4, SMALL, LARGE], ids=["none", "small", "large"])
 def test_rm_4_gradients_by_margin_table(table: list[float]) -> None:
     chosen, rejected = (x.requires_grad_() for x in random_scores())
@@ -244,7 +251,7 @@ def test_accuracy_by_strength_and_length() -> None:
     delta = torch.tensor([1.0, -1.0, 1.0, 0.0])
     by = accuracy_by_strength(delta, torch.tensor([0, 0, 3, -1]), STRENGTHS)
     assert by == {"significantly": (0.5, 2), "negligibly": (1.0, 1)}
-    lengths = torch.tensor([10, 10, 100, 7]), torch.tensor([20, 11, 91, 7])
+    lengths = torch.tensor([10, 10, 100, 7]), torch.tensor([20, 11, 90, 7])
     assert accuracy_length_matched(delta, *lengths) == (0.5, 3)
 
 
@@ -277,13 +284,12 @@ def responses(chosen: list[float], rejected: list[float], label: list[float], gr
 
 def test_calibration_metrics_over_batches() -> None:
     one = pair_metrics(*responses([1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.5], [0, 1, 2]))
-    two = pair_metrics(*responses([3.0, -1.0], [0.0, 2.0], [1.0, 1.0], [0, 0]))
+    two = pair_metrics(*responses([3.0, -1.0, 0.0], [0.0, 2.0, 1.0], [1.0] * 3, [0] * 3))
     assert one["chosen"].tolist() == [1.0, 1.0]  # label 0 turns its pair round, the tie is left out
     metrics = calibration_metrics([one, two], STRENGTHS)
-    assert metrics["accuracy"] == 0.75
-    assert metrics["rank/kendall_tau"] == pytest.approx(
-        (1 + 1 + 0) / 3
-    )  # groups of different batches are different prompts
+    assert metrics["accuracy"] == pytest.approx(3 / 5)
+    # groups of different batches are different prompts: if they were one, it would be 1/2
+    assert metrics["rank/kendall_tau"] == pytest.approx((1 + 1 - 1 / 3) / 3)
     assert "length_correlation" not in metrics  # all lengths are equal
     assert "accuracy/better" not in metrics
     assert calibration_metrics([pair_metrics(*responses([1.0], [0.0], [0.5], [0]))], STRENGTHS) == {}

@@ -93,8 +93,14 @@ def test_margins_smoothing_and_gradients(name: str) -> None:
     assert torch.autograd.gradcheck(loss, arguments)
     moved = margin.clone()
     moved[1] = 0  # a tie has no margin
-    again = loss_of(name, *arguments, label=label, margin=moved, label_smoothing=0.1, center_coef=0.01)[0]
+    again, metrics = loss_of(name, *arguments, label=label, margin=moved, label_smoothing=0.1, center_coef=0.01)
     torch.testing.assert_close(again, loss(*arguments))
+    without = loss_of(name, *arguments, label=label)[1]
+    assert metrics["ties/predicted"] == without["ties/predicted"]  # margins are for learning only
+    ties = {"label": torch.full_like(label, 0.5)}
+    torch.testing.assert_close(
+        loss_of(name, *arguments, label_smoothing=0.1, **ties)[0], loss_of(name, *arguments, **ties)[0]
+    )
 
 
 def test_rm_7_the_loss_tends_to_bradley_terrys_where_nothing_ties() -> None:
