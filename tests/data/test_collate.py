@@ -195,6 +195,19 @@ def test_rm_5_pairs_of_a_prompt_share_its_weight(make_tokenizer: Callable[..., P
     assert float(batch["pair_weight"].sum()) == pytest.approx(6)
 
 
+def test_a_window_counts_the_tokens_of_better_answers_that_something_predicts(
+    make_tokenizer: Callable[..., PreTrainedTokenizerBase],
+) -> None:
+    tokenizer = make_tokenizer("words")
+    records = [*RECORDS, {"prompt": "", "chosen": " rain rain", "rejected": " cat"}]
+    places = [f"r{number}" for number in range(len(records))]
+    table, _ = preference_table(tokenizer, records, places, Limit(64, "truncate"), "drop")
+    batch = PreferenceGroups(table, pad_id=0, margins=MARGINS["none"]).collate([0, 1, 2, 5], 5.0)
+    predicted = batch["completion_mask"][:, 1:].sum(1)[batch["pair_chosen"]]
+    assert int(predicted[-1]) == 2  # of an empty prompt's " rain rain" and its end, the first token is not learnt
+    assert float(batch["window_chosen_tokens"]) == pytest.approx(float((batch["pair_weight"] * predicted).sum()))
+
+
 def test_answers_of_a_prompt_know_their_ranks_and_scores(
     make_tokenizer: Callable[..., PreTrainedTokenizerBase],
 ) -> None:

@@ -102,3 +102,6 @@ def test_a_mismatched_pair_that_is_too_long_loses_the_beginning_of_its_prompt(
     ids, start = cut._ids(1, 2)
     assert len(ids) - start == len(whole._ids(1, 2)[0]) - whole._ids(1, 2)[1]  # the answer is whole
     assert whole.sequences_hash() != cut.sequences_hash()
+    little, start = rows(6)._ids(1, 2)
+    uncut = whole._ids(1, 2)[0].tolist()  # of 7 tokens, the first of which would be BOS
+    assert little[:start].tolist() == [uncut[0], uncut[2]]
