@@ -1,7 +1,9 @@
 """A tiny world, made once: records, an architecture, trained runs, and the real command line to train more."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -186,6 +188,13 @@ class World:
         answer = json.loads(self.driver.stdout.readline())
         assert answer["code"] == code, f"{answer}\n{log.read_text()[-4000:]}"
         return Run(path)
+
+    def validated(self, options: Mapping[str, Any]) -> dict[str, float]:
+        """The metrics that ``validate`` prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert run(["validate", *self.words({**options, "trainer.accelerator": "cpu"})]) == 0
+        lines = [line.split() for line in out.getvalue().splitlines()]
+        return {name: float(value) for name, value in (line for line in lines if line and line[0].startswith("eval/"))}
 
     def log(self, run: Run) -> str:
         """What a forked run said."""

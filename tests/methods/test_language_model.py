@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_align.cli.main import run
 from lightning_align.playground import records
 
 PRETRAIN = {
@@ -22,42 +21,25 @@ SFT = {
 }
 
 
-@pytest.fixture(scope="module")
-def validated(world: Any) -> Callable[..., dict[str, float]]:
-    """``validated(options)``: what ``validate`` prints."""
-
-    def validate(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
-        capsys.readouterr()
-        assert run(["validate", *world.words({**options, "trainer.accelerator": "cpu"})]) == 0
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        return {name: float(value) for name, value in (line for line in lines if line and line[0].startswith("eval/"))}
-
-    return validate
-
-
-def test_pre_3_uniform_logits_have_loss_ln_v(
-    world: Any, validated: Callable[..., dict[str, float]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pre_3_uniform_logits_have_loss_ln_v(world: Any) -> None:
     module = world.ready(PRETRAIN)
     for parameter in module.model.parameters():
         parameter.data.zero_()
     module.export(world.root / "uniform")
-    metrics = validated({**PRETRAIN, "model.model": "@uniform"}, capsys)
+    metrics = world.validated({**PRETRAIN, "model.model": "@uniform"})
     size = len(module.tokenizer)
     assert math.isclose(metrics["eval/loss"], math.log(size), rel_tol=1e-5)
     assert math.isclose(metrics["eval/perplexity"], size, rel_tol=1e-5)
     assert math.isclose(metrics["eval/entropy"], math.log(size), rel_tol=1e-5)
 
 
-def test_evaluation_is_weighted_by_tokens_whatever_the_batches(
-    world: Any, validated: Callable[..., dict[str, float]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_is_weighted_by_tokens_whatever_the_batches(world: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(world.root / "pretrain" / "model", dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(world.root / "pretrain" / "model")
     known = [r for r in records("text", split="val", size=40) if set(r["text"].split()) <= set(tokenizer.get_vocab())]
     options = {**PRETRAIN, "data.val_path": world.write("known.jsonl", known)}
-    metrics = validated({**options, "data.eval_batch_size": 2, "data.packing": "none"}, capsys)
-    assert validated(options, capsys) == pytest.approx(metrics, rel=1e-5)
+    metrics = world.validated({**options, "data.eval_batch_size": 2, "data.packing": "none"})
+    assert world.validated(options) == pytest.approx(metrics, rel=1e-5)
     nats, hits, tokens, size = 0.0, 0, 0, 0
     for record in known:
         ids = torch.tensor([[*tokenizer(record["text"])["input_ids"], tokenizer.eos_token_id]])
