@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 from lightning_align.data.collate import Window
 from lightning_align.losses.preference import LOSSES, REFERENCE_FREE
 from lightning_align.methods import dpo
-from lightning_align.methods.dpo_objectives import PairObjective, Term
-from lightning_align.models.answers import AnswerStats
 from lightning_align.playground import records
 
 DPO = {
@@ -276,42 +274,3 @@ def test_kto_refuses_records_that_are_all_alike(
 def test_a_preference_file_serves_kto_too(world: Any) -> None:
     run = world.fit({**DPO, "model.loss_type": "kto", "trainer.max_steps": 1})
     assert run.row(1, "loss")["loss"] == pytest.approx(0.5, rel=1e-5)
-
-
-# ---------------------------------------------------------------------- the objective by itself
-class Fixed:
-    """A policy whose answers have these log-probs."""
-
-    def __init__(self, logp: Tensor, length: Tensor, ref_logp: Tensor | None = None) -> None:
-        self.found = AnswerStats(logp, length, None, None), ref_logp
-
-    def answers(self, batch: Any, *, measure: bool = True) -> tuple[AnswerStats, Tensor | None]:
-        return self.found
-
-    def all_reduce(self, value: Tensor) -> Tensor:
-        return value
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        return items
-
-
-def test_dpo_2_likelihood_terms_are_means_over_the_tokens_of_the_chosen() -> None:
-    cases = json.loads((Path(__file__).parents[1] / "golden" / "golden.json").read_text())["cases"]
-    case, outputs = cases["dpo"]["inputs"], cases["dpo"]["outputs"]
-    sides = (("chosen", "rejected"), ("len_c", "len_r"))
-    columns = [torch.tensor(case[a] + case[b], dtype=torch.float64) for a, b in sides]
-    one = torch.ones(3)
-    batch = {
-        **{"pair_chosen": torch.arange(3), "pair_rejected": torch.arange(3, 6), "pair_weight": one, "pair_label": one},
-        **{"pair_margin": one, "score": torch.full((6,), torch.nan), "response_weight": torch.ones(6)},
-        **{"attention_mask": torch.ones(6, 2), "window_weight": torch.tensor(3.0)},
-        "window_chosen_tokens": torch.tensor(float(sum(case["len_c"]))),
-    }
-    for name, beta, weight in (("cpo", 0.1, 0.4), ("orpo", case["orpo_lambda"], 1.0)):
-        objective = PairObjective([Term(name, 1.0, {"beta": beta}, weight)])
-        loss, sums = objective.loss(Fixed(*columns), batch)
-        expected = outputs[name]["loss"] + weight * outputs["nll_chosen_token_mean"]
-        assert float(loss) / 3 == pytest.approx(expected, rel=1e-10)
-        assert float(sums["nll_loss"][0] / sums["nll_loss"][1]) == pytest.approx(outputs["nll_chosen_token_mean"])
-        ratios = {key: float(a / b) for key, (a, b) in objective.evaluate(Fixed(*columns), batch).items()}
-        assert objective.eval_metrics(Fixed(*columns), ratios)["loss"] == pytest.approx(expected, rel=1e-10)
