@@ -123,7 +123,9 @@ def test_dpo_3_swapped_sides_turn_delta_round() -> None:
     close(swapped.delta, -pairs.delta)
     close(log_odds_ratio(swapped), -log_odds_ratio(pairs))
     close(LOSSES["sigmoid"](swapped), -logsigmoid(-BETA * pairs.delta))
-    close(swapped.swapped().margin, pairs.margin)  # type: ignore[arg-type]
+    close(swapped.margin, -pairs.margin)  # type: ignore[arg-type, operator]
+    # the margin belongs to the pair: swapping the label moves no probability
+    close(LOSSES["odpo"](swapped), -logsigmoid(pairs.margin - BETA * pairs.delta))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("flips", [0.05, 0.3, 0.45])
