@@ -126,6 +126,15 @@ def test_evaluation_counts_what_the_exported_model_gets_right(world: Any) -> Non
     assert metrics["eval/brier"] == pytest.approx(float(((1 - delta.sigmoid()) ** 2).mean()), rel=1e-4)
 
 
+def test_labels_that_may_be_wrong_are_smoothed(world: Any) -> None:
+    module = world.ready({**REWARD, **DOUBLE, "data.margin": "small", "model.label_smoothing": 0.2})
+    batch = module.trainer.datamodule.datasets["train"].collate(range(8), 1.0)
+    scores = module.scores(batch).detach()
+    ahead = scores[batch["pair_chosen"]] - scores[batch["pair_rejected"]] - batch["pair_margin"]
+    expected = -(batch["pair_weight"] * (0.8 * logsigmoid(ahead) + 0.2 * logsigmoid(-ahead))).sum()
+    assert float(module.loss(batch)[0].detach()) == pytest.approx(float(expected), rel=1e-6)
+
+
 def test_scores_start_at_order_one(world: Any) -> None:
     module = world.ready(REWARD)
     data = module.trainer.datamodule.datasets["train"]
@@ -195,6 +204,15 @@ def test_rm_7_a_tie_model_learns_how_often_answers_tie(world: Any, name: str) ->
     assert scored(LearnedReward(str(run.path)), texts(records("preference", size=3))).isfinite().all()
 
 
+def test_the_parameter_of_ties_does_not_decay(world: Any) -> None:
+    runs = [
+        world.fit({**REWARD, "data.ties": "davidson", "model.weight_decay": decay, "trainer.max_steps": 2}).rows
+        for decay in (0.0, 0.5)
+    ]
+    first, second = ([row["ties/parameter"] for row in rows if "ties/parameter" in row] for rows in runs)
+    assert second[1] == first[1] != first[0]  # of the second step, before weights that did decay act on it
+
+
 def test_rm_7_ties_are_counted_and_need_a_pairwise_loss(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     tied = world.write(
         "all_tied.jsonl", [{**row, "tie": True} for row in records("preference", size=8, strength=False)]
@@ -237,6 +255,17 @@ def test_regression_predicts_in_the_unit_of_the_scores(
     assert config.target_mean == pytest.approx(float(target.mean()), rel=1e-5)
     assert config.target_std == pytest.approx(float(target.std(correction=0)), rel=1e-4)
     assert config.reward_normalize == "target"
+
+
+def test_a_checkpoint_is_evaluated_in_the_unit_of_the_scores_it_learnt(
+    world: Any, scores_file: list[dict[str, Any]]
+) -> None:
+    options = {**SCORED, "model.objective": "squared_error"}
+    run = world.fit({**options, "trainer.max_epochs": 1})
+    found = world.validated({**options, "ckpt_path": str(run.path / "checkpoints" / "last.ckpt")})
+    last = [row for row in run.rows if "eval/rmse" in row][-1]
+    for name in ("loss", "rmse", "mean"):
+        assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], rel=1e-4)
 
 
 def test_regression_scores_can_also_start_at_zero(world: Any, scores_file: list[dict[str, Any]]) -> None:
