@@ -184,6 +184,13 @@ def test_the_parts_of_a_gate_are_read_as_log_odds_and_others_as_they_are(tmp_pat
     assert list(scores.parts) == ["helpfulness", "safety", "length_penalty"]
 
 
+def test_the_variance_of_named_parts_is_weighed_as_said(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.py"
+    path.write_text("def one(completions):\n    return [1.0]\n\ndef five(completions):\n    return [5.0]\n")
+    spec = {"combine": "uwo", "uwo_coef": 0.5, "parts": {"a": f"{path}:one", "b": f"{path}:five"}}
+    assert build_reward(spec).score(["x"], ["y"], finished=[True], records=[{}]).total.tolist() == [3 - 0.5 * 4]
+
+
 def test_what_a_reward_asks() -> None:
     spec = {"a": ["runs/a", "runs/b"], "b": "runs/c", "c": "rewards.py:f", "d": "playground:safety"}
     assert learned_sources(spec) == ["runs/a", "runs/b", "runs/c"]

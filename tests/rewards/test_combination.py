@@ -211,12 +211,12 @@ def test_comp_5_a_member_that_fails_changes_no_other_sequence() -> None:
 
 # ------------------------------------------------------------------ length
 def test_length_penalty_is_counted_in_tokens_beyond_the_limit() -> None:
-    of = reward({"rm": Given(1.0, 1.0, NAN)}, length_penalty=LengthPenalty(0.5, 10))
-    found = score(of, 3, lengths=torch.tensor([10, 14, 14]))
-    torch.testing.assert_close(found.total, torch.tensor([1.0, -1.0, NAN]), equal_nan=True)
-    assert found.parts["length_penalty"].tolist() == [0.0, -2.0, -2.0]
+    of = reward({"rm": Given(1.0, 1.0, NAN, 1.0)}, length_penalty=LengthPenalty(0.5, 10))
+    found = score(of, 4, lengths=torch.tensor([10, 14, 14, 3]))
+    torch.testing.assert_close(found.total, torch.tensor([1.0, -1.0, NAN, 1.0]), equal_nan=True)
+    assert found.parts["length_penalty"].tolist() == [0.0, -2.0, -2.0, 0.0]
     with pytest.raises(ValueError, match="needs the lengths"):
-        score(of, 3)
+        score(of, 4)
 
 
 def test_a_gate_without_its_parts_and_an_ensemble_of_one_are_refused() -> None:

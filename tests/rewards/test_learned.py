@@ -200,6 +200,15 @@ def test_min_of_two_models_is_taken_on_their_own_scales(texts: list[str], tmp_pa
     assert float(made.total) == pytest.approx(min(alone) / 2.0)
 
 
+def test_a_gate_reads_raw_scores_of_its_models_alone(texts: list[str], tmp_path: Path) -> None:
+    source = save(tmp_path, train_tokenizer(texts, vocab_size=500, algorithm="words"))
+    parts = {"helpfulness": source, "safety": f"{source}/", "other": f"{source}/."}  # the same model by other names
+    arguments = ["translate fen . answer :"], [" red ."]
+    made = build_reward({"combine": "gate", "parts": parts}).score(*arguments, finished=[True], records=[{}])
+    raw = float(scores(LearnedReward(source, normalisation="none"), *arguments))
+    assert [float(made.parts[name]) for name in parts] == pytest.approx([raw, raw, raw - 0.7])
+
+
 def test_an_ensemble_of_models_says_what_they_disagree_on(texts: list[str], tmp_path: Path) -> None:
     sources = [
         save(tmp_path / name, train_tokenizer(texts, vocab_size=size, algorithm="words"))
