@@ -2,13 +2,17 @@
 
 import csv
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_align.cli.evaluate_options import read_settings
+from lightning_align.lab.evaluation.subjects import Subject
 from lightning_align.models.loading import load_causal_lm, load_tokenizer
+from lightning_align.playground import records
 
 FEW = ["--limit=6", "--max_new_tokens=6", "--num_samples=2"]
 DATA = ["--data", "playground"]
@@ -55,12 +59,19 @@ def test_eval_6_kl_to_itself_is_zero_and_exact_agrees_with_k1(scratch: Any) -> N
     same = evaluated(scratch, "--model", "runs/sft", "--reference", "runs/sft", *DATA, *FEW)
     metrics = rows(same)["runs/sft"]["metrics"]
     assert [metrics[name]["value"] for name in ("kl", "kl_k1", "kl_k3")] == [0.0, 0.0, 0.0]
-    words = ["--limit=100", "--max_new_tokens=6", "--num_samples=4", "--seed=2"]
+    tokenizer = load_tokenizer(str(scratch.root / "runs/sft"))
+    far = load_causal_lm(str(scratch.root / "runs/sft"), tokenizer=tokenizer)
+    for parameter in far.parameters():
+        parameter.data *= 1.5
+    for part in (far, tokenizer):
+        part.save_pretrained(scratch.root / "far")
+    words = ["--reference=far", "--limit=100", "--max_new_tokens=6", "--num_samples=4", "--seed=2"]
     metrics = rows(evaluated(scratch, "--model", "runs/sft", *DATA, *words))["runs/sft"]["metrics"]
     assert metrics["kl"]["value"] > 0
     for name in ("kl_k1", "kl_k3"):
         se = (metrics["kl"]["se"] ** 2 + metrics[name]["se"] ** 2) ** 0.5
         assert abs(metrics[name]["value"] - metrics["kl"]["value"]) < 4 * se
+        assert abs(-metrics[name]["value"] - metrics["kl"]["value"]) > 4 * se  # which tells the sign
 
 
 def test_win_rates(scratch: Any) -> None:
@@ -82,6 +93,19 @@ def test_win_rates(scratch: Any) -> None:
     assert tied["policies"][0]["against"]["win_rate"]["value"] == 0.5
     assert tied["policies"][0]["against"]["ties"]["value"] == 1
     assert tied["policies"][0]["against"]["length_controlled_win_rate"]["value"] == pytest.approx(0.5)
+
+
+def test_a_comparison_of_different_starts_takes_the_other_sides_own(scratch: Any) -> None:
+    content = evaluated(scratch, "--model", "runs/sft", "runs/ppo", "--against", "runs/dpo", *DATA, *FEW)
+    first, second, last = (row["reference"] for row in content["policies"])
+    assert last == second != first
+
+
+def test_completions_may_be_as_long_as_the_longest_that_a_run_allowed_itself() -> None:
+    runs = [Subject(name, name, {"max_new_tokens": tokens}, False) for name, tokens in (("a", 6), ("b", 9), ("c", 7))]
+    given = {"temperature": 1.0, "top_p": 1.0, "num_samples": 1, "stop_strings": [], "seed": 0}
+    options = Namespace(max_new_tokens=None, engine="auto", batch_size=1, dtype="float32", **given)
+    assert read_settings(options, runs).params.max_new_tokens == 9
 
 
 def test_the_other_side_has_samples_of_its_own(scratch: Any) -> None:
@@ -151,6 +175,23 @@ def test_reward_models_give_the_numbers_of_their_own_evaluation(scratch: Any) ->
         assert part["accuracy"]["value"] == pytest.approx(float(last[f"eval/accuracy/{strength}"]))
     assert sum(part["accuracy"]["pairs"] for part in row["by"]["strength"].values()) == content["data"]["pairs"]
     assert 0 < row["metrics"]["ece"]["p_calibrated"] <= 1
+
+
+def test_probabilities_are_those_of_raw_scores(scratch: Any) -> None:
+    path = scratch.fit("reward", "full", "--model.normalize=full")
+    content = evaluated(scratch, "--model", "runs/full", "--data", "preference.jsonl")
+    last = [row for row in scratch.metrics("full") if row["eval/brier"]][-1]
+    for name in ("brier", "ece"):
+        assert content["models"][0]["metrics"][name]["value"] == pytest.approx(float(last[f"eval/{name}"]), abs=1e-5)
+    config = json.loads((path / "model" / "config.json").read_text())
+    assert abs(config["reward_std"] - 1) > 0.02  # and would be others on another scale
+
+
+def test_pairs_of_a_ranking_are_one_prompt(scratch: Any) -> None:
+    scratch.write("ranked.jsonl", records("ranked", split="val", size=6, k=4, ties=0.0))
+    content = evaluated(scratch, "--model", "runs/reward", "--data", "ranked.jsonl")
+    assert (content["data"]["pairs"], content["data"]["prompts"]) == (6 * 6, 6)
+    assert content["models"][0]["metrics"]["accuracy"]["n"] == 6
 
 
 def test_a_reward_model_that_is_an_adapter(scratch: Any) -> None:
