@@ -22,7 +22,8 @@ from lightning_align.losses.group import (
 from lightning_align.losses.kl import k1, sequence_kl
 from lightning_align.losses.masked import Metrics, mean_and_var, moments
 from lightning_align.methods.measures import truncated
-from lightning_align.methods.online import ENGINE_DIFFERENCE, OnlineModule
+from lightning_align.methods.online import OnlineModule
+from lightning_align.methods.sampling import ENGINE_DIFFERENCE
 from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout, concatenate
 

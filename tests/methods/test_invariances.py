@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_align.methods import dpo, reward
-from lightning_align.methods import online as online_spine
+from lightning_align.methods import dpo, reward, sampling
 from lightning_align.models import heads, logprobs
 from lightning_align.playground import records
 
@@ -191,7 +190,7 @@ def padding_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(place, "attention_inputs", wrong)
     rows = dpo.packed_rows
     ones = lambda batch: {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
-    for method in (dpo, reward, online_spine):
+    for method in (dpo, reward, sampling):
         monkeypatch.setattr(method, "packed_rows", lambda batch, width: rows(ones(batch), width))
 
 
