@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_align.data.tables import Arrays, Counts
 
 _LOGGER = logging.getLogger(__name__)
-FORMAT = 2  # to be raised whenever the same records would give other tokens
+FORMAT = 3  # to be raised whenever the same records would give other tokens
 # Tokenising this much text takes about a second; below, a cache would only fill the disk.
 SMALLEST = 4_000_000
 

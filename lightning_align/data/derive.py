@@ -1,11 +1,20 @@
 """Records of one kind out of records of another, where there is only one way to do it."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 from lightning_align.data.records import Kind, Record, RecordError, is_conversational
+
+# What a record of most kinds may say of itself as a whole, and what a kind can take over from another.
+SAID = ("weight", "aspect", "strength", "margin")
+CARRIED: dict[Kind, tuple[str, ...]] = {
+    **dict.fromkeys(("preference", "ranked", "unpaired", "scored"), ("weight", "aspect")),
+    **{"sft": ("weight",), "prompt": (), "text": ()},
+}
+WEIGHTLESS = "its weight is 0"
 
 
 class Item(NamedTuple):
@@ -22,6 +31,21 @@ class Item(NamedTuple):
     extras: Record
 
 
+class Derived(NamedTuple):
+    """What was made of records.
+
+    Attributes:
+        items: The new records.
+        dropped: Reason and place of each record that rightly gave none (a tie has no better side), and of each pair
+            whose answers are equal.
+        lost: Of how many records a field has no place in the new ones, by its name.
+    """
+
+    items: list[Item]
+    dropped: list[tuple[str, str]]
+    lost: Counter[str]
+
+
 class Derivation(NamedTuple):
     """How one record becomes records of another kind, and why it may become none."""
 
@@ -34,9 +58,7 @@ def derivable(source: Kind, wanted: Kind) -> bool:
     return (source, wanted) in DERIVATIONS or (source == "scored" and wanted in ("ranked", "preference"))
 
 
-def derive(
-    source: Kind, wanted: Kind, items: Iterable[Item], on_error: Callable[[str, RecordError], None]
-) -> tuple[list[Item], list[tuple[str, str]]]:
+def derive(source: Kind, wanted: Kind, items: Iterable[Item], on_error: Callable[[str, RecordError], None]) -> Derived:
     """Records of kind ``wanted`` from canonical records of kind ``source``.
 
     Args:
@@ -44,17 +66,17 @@ def derive(
         wanted: Kind to make, see :func:`derivable`.
         items: Records with their places.
         on_error: Called with place and fault of a record from which none can be made.
-
-    Returns:
-        The new records, and reason and place of each record that rightly gave none (a tie has no better side), and
-        of each pair whose answers are equal.
     """
     if source == "scored":
         return _from_scores(wanted, items, on_error)
     derivation = DERIVATIONS[source, wanted]
     made: list[Item] = []
     dropped: list[tuple[str, str]] = []
+    lost: Counter[str] = Counter()
     for place, record, extras in items:
+        if record.get("weight") == 0:
+            dropped.append((WEIGHTLESS, place))
+            continue
         try:
             records = derivation.make(record)
         except RecordError as error:
@@ -65,39 +87,48 @@ def derive(
         different = [new for new in records if not _is_equal_pair(new)]
         dropped += [("pairs of equal answers", place)] * (len(records) - len(different))
         keep = extras if wanted == "prompt" else {}
-        made += [Item(place, {**keep, **new}, {}) for new in different]
-    return made, dropped
+        carried = {name: record[name] for name in CARRIED[wanted] if name in record}
+        lost.update(name for name in SAID if name in record and name not in carried)
+        made += [Item(place, {**keep, **new, **carried}, {}) for new in different]
+    return Derived(made, dropped, lost)
 
 
-def _from_scores(
-    wanted: Kind, items: Iterable[Item], on_error: Callable[[str, RecordError], None]
-) -> tuple[list[Item], list[tuple[str, str]]]:
+def _from_scores(wanted: Kind, items: Iterable[Item], on_error: Callable[[str, RecordError], None]) -> Derived:
     """Scored completions, gathered by prompt (and by what is judged), are a ranking."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         key = [item.record["prompt"], item.record.get("aspect")]
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(item)
-    ranked = [
-        Item(
-            group[0].place,
-            {
-                "prompt": group[0].record["prompt"],
-                "completions": [item.record["completion"] for item in group],
-                "scores": [item.record["score"] for item in group],
-                **_aspect(group[0].record),
-            },
-            {},
-        )
-        for group in groups.values()
-        if len(group) > 1
-    ]
-    dropped = [
-        ("its prompt has no second scored completion", group[0].place) for group in groups.values() if len(group) == 1
-    ]
+    ranked: list[Item] = []
+    dropped: list[tuple[str, str]] = []
+    lost: Counter[str] = Counter()
+    for group in groups.values():
+        weighty = [item for item in group if item.record.get("weight") != 0]
+        dropped += [(WEIGHTLESS, item.place) for item in group if item.record.get("weight") == 0]
+        if len(weighty) == 1:
+            dropped.append(("its prompt has no second scored completion", weighty[0].place))
+        elif weighty:
+            ranked.append(Item(weighty[0].place, _gathered([item.record for item in weighty], lost), {}))
     if wanted == "ranked":
-        return ranked, dropped
-    made, further = derive("ranked", wanted, ranked, on_error)
-    return made, dropped + further
+        return Derived(ranked, dropped, lost)
+    made, further, also_lost = derive("ranked", wanted, ranked, on_error)
+    return Derived(made, dropped + further, lost + also_lost)
+
+
+def _gathered(records: Sequence[Record], lost: Counter[str]) -> Record:
+    """The ranking of scored completions; it has a weight where they have the same."""
+    first = records[0]
+    weights = [record["weight"] for record in records if "weight" in record]
+    common = len(weights) == len(records) and len(set(weights)) == 1
+    if not common and weights:
+        lost["weight"] += len(weights)
+    return {
+        "prompt": first["prompt"],
+        "completions": [record["completion"] for record in records],
+        "scores": [record["score"] for record in records],
+        **({"weight": first["weight"]} if common else {}),
+        **({"aspect": first["aspect"]} if "aspect" in first else {}),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- record by record
@@ -109,13 +140,8 @@ def _pairs(record: Record) -> list[Record]:
         if order[first] != order[second]:
             better, worse = (first, second) if order[first] < order[second] else (second, first)
             sides = {"chosen": completions[better], "rejected": completions[worse]}
-            pairs.append({"prompt": record["prompt"], **sides, **_aspect(record)})
+            pairs.append({"prompt": record["prompt"], **sides})
     return pairs
-
-
-def _aspect(record: Record) -> Record:
-    """What is judged, if it says so."""
-    return {"aspect": record["aspect"]} if "aspect" in record else {}
 
 
 def _is_equal_pair(record: Record) -> bool:
@@ -136,8 +162,7 @@ def _scores(record: Record) -> list[Record]:
     if "scores" not in record:
         raise RecordError("scores", "is missing", "ranks alone say nothing of how good an answer is")
     answers = zip(record["completions"], record["scores"], strict=True)
-    said = _aspect(record)
-    return [{"prompt": record["prompt"], "completion": answer, "score": score, **said} for answer, score in answers]
+    return [{"prompt": record["prompt"], "completion": answer, "score": score} for answer, score in answers]
 
 
 def _unpaired(record: Record) -> list[Record]:
@@ -151,7 +176,7 @@ def _unpaired(record: Record) -> list[Record]:
 def _ranking(record: Record) -> list[Record]:
     completions = [record["chosen"], record["rejected"]]
     ranks = [1, 1 if record.get("tie") else 2]
-    return [{"prompt": record["prompt"], "completions": completions, "ranks": ranks, **_aspect(record)}]
+    return [{"prompt": record["prompt"], "completions": completions, "ranks": ranks}]
 
 
 def _chosen(record: Record) -> list[Record]:

@@ -163,7 +163,8 @@ class _Reader:
         return found, [Item(row.place, record, extras) for record in records]
 
     def _derive(self, found: Kind, items: Sequence[Item]) -> list[Item]:
-        made, dropped = derive(found, self.wanted, items, self._bad)
+        made, dropped, lost = derive(found, self.wanted, items, self._bad)
+        self.report.unused += lost
         self.report.converted(f"{found} → {self.wanted}", len(items))
         for reason, place in dropped:
             self.report.drop(reason, place)

@@ -211,6 +211,7 @@ def _shown(value: Any) -> str:
 
 
 _Check = Callable[[str, Any], Any]
+_JUDGED: dict[str, _Check] = {"weight": _weight, "aspect": _one_of(*ASPECTS)}
 _MESSAGES: tuple[dict[str, _Check], dict[str, _Check]] = ({"messages": _dialogue}, {"weight": _weight})
 _SCHEMAS: dict[Kind, tuple[dict[str, _Check], dict[str, _Check]]] = {
     "text": ({"text": check_text}, {}),
@@ -218,17 +219,14 @@ _SCHEMAS: dict[Kind, tuple[dict[str, _Check], dict[str, _Check]]] = {
     "prompt": ({"prompt": check_side}, {"is_safety": _bool}),
     "preference": (
         {"prompt": check_side, "chosen": _answer, "rejected": _answer},
-        {
-            **{"strength": _one_of(*STRENGTHS), "margin": _number, "tie": _bool, "weight": _weight},
-            "aspect": _one_of(*ASPECTS),
-        },
+        {"strength": _one_of(*STRENGTHS), "margin": _number, "tie": _bool, **_JUDGED},
     ),
     "ranked": (
         {"prompt": check_side, "completions": _list_of(_answer)},
-        {"ranks": _list_of(_rank), "scores": _list_of(_number), "aspect": _one_of(*ASPECTS)},
+        {"ranks": _list_of(_rank), "scores": _list_of(_number), **_JUDGED},
     ),
-    "unpaired": ({"prompt": check_side, "completion": _answer, "label": _bool}, {}),
-    "scored": ({"prompt": check_side, "completion": _answer, "score": _number}, {"aspect": _one_of(*ASPECTS)}),
+    "unpaired": ({"prompt": check_side, "completion": _answer, "label": _bool}, _JUDGED),
+    "scored": ({"prompt": check_side, "completion": _answer, "score": _number}, _JUDGED),
 }
 
 

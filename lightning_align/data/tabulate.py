@@ -206,10 +206,14 @@ def preference_table(
         for index, (record, rows) in enumerate(zip(chunk, encoded, strict=True)):
             if rows is None:
                 continue
+            weight = float(record.get("weight", 1.0))
+            if weight == 0:
+                counts.drop("its weight is 0", own_places[index])
+                continue
             ranks = _ranks(record)
             group = _group(rows, _pairs(record, ranks, ties), own_places[index], limit, counts, known)
             if group is not None:
-                groups.append(Group(*group, ranks, _scores(record), float(record.get("weight", 1.0)), first + index))
+                groups.append(Group(*group, ranks, _scores(record), weight, first + index))
         parts.append(_preference_arrays(groups))
     return joined(parts, {"starts": "ids", "groups": "prompt_length", "pair_groups": "chosen"}), counts
 

@@ -22,11 +22,11 @@ class UnpairedRows:
     """Answers with labels; the batches of KTO.
 
     A batch holds ``input_ids``, ``attention_mask``, ``completion_mask`` ``[R, T]``; and ``[R]``: ``label`` (true for a
-    good answer), ``weight`` (1, or 0 for what stands in for an empty batch), ``is_partner``, ``row`` (answers are
-    numbered from 0, then their mismatched pairs), ``group`` (each its own) and, where :attr:`ref_logp` is set,
-    ``ref_logp``. The mismatched pairs of *all* micro-batches of a process come with the first of an optimiser step, the
-    others have none: what is estimated on them is needed before the first backward pass. ``window_weight`` is the
-    number of answers of the optimiser step.
+    good answer), ``weight`` (the record's, or 0 for what stands in for an empty batch), ``is_partner``, ``row``
+    (answers are numbered from 0, then their mismatched pairs), ``group`` (each its own) and, where :attr:`ref_logp` is
+    set, ``ref_logp``. The mismatched pairs of *all* micro-batches of a process come with the first of an optimiser
+    step, the others have none: what is estimated on them, each counting once, is needed before the first backward pass.
+    ``window_weight`` is the sum of the answers' weights in the optimiser step.
 
     Args:
         table: Answers with their prompts; ``score`` above ½ is a good one.
@@ -52,8 +52,8 @@ class UnpairedRows:
         self.lengths = np.diff(starts)
         self.longest = int(self.lengths.max())
         self.sequences_per_element = 2.0
-        self.weights = np.ones(len(self.labels))
-        self.ref_logp: NDArray[np.float32] | None = None
+        self.weights = table["weight"].astype(np.float64)
+        self.ref_logp: NDArray[np.floating] | None = None
         cut = int((prompts + (self.lengths - prompts)[self.partners] > capacity).sum())
         if cut:
             report.note("mismatched pairs (for the KL) whose prompt lost its beginning", cut)
@@ -87,7 +87,8 @@ class UnpairedRows:
         slots = torch.arange(width)
         attention_mask = slots < torch.tensor([len(ids) for ids, _ in rows])[:, None]
         some_partner = self.has_partners and bool(elements if window is None else window.own)
-        real = [bool(elements)] * len(own) + [some_partner] * len(partnered)
+        own_weights = self.weights[own] if elements else np.zeros(len(own))
+        weights = np.concatenate([own_weights, np.full(len(partnered), float(some_partner))])
         numbers = np.array([*own, *(element + len(self) for element in partnered)])
         known = {} if self.ref_logp is None else {"ref_logp": torch.from_numpy(self.ref_logp[numbers])}
         return known | {
@@ -97,7 +98,7 @@ class UnpairedRows:
             "row": torch.from_numpy(numbers),
             "group": torch.arange(len(rows)),
             "label": torch.from_numpy(self.labels[[*own, *partnered]]),
-            "weight": torch.tensor(real, dtype=torch.float32),
+            "weight": torch.from_numpy(weights.astype(np.float32)),
             "is_partner": torch.arange(len(rows)) >= len(own),
             "window_weight": torch.tensor(window_weight, dtype=torch.float32),
         }

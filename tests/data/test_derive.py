@@ -19,7 +19,7 @@ def run(source: Any, wanted: Any, *records: dict[str, Any]) -> tuple[list[dict[s
     def fail(place: str, error: RecordError) -> None:
         raise error
 
-    made, dropped = derive(source, wanted, items, fail)
+    made, dropped, _ = derive(source, wanted, items, fail)
     assert all(validate(wanted, item.record) == item.record for item in made)
     return [item.record for item in made], dropped
 
@@ -90,6 +90,69 @@ def test_scored_completions_of_one_prompt_are_a_ranking() -> None:
     assert dropped == [("its prompt has no second scored completion", "line 2")]
     pairs, _ = run("scored", "preference", *records)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("c", "a"), ("c", "d")]
+
+
+def lost(source: Any, wanted: Any, *records: dict[str, Any]) -> dict[str, int]:
+    items = [Item(f"line {number}", record, {}) for number, record in enumerate(records, 1)]
+    return dict(derive(source, wanted, items, lambda place, error: None).lost)
+
+
+def test_weight_and_aspect_are_carried_and_what_has_no_place_is_said() -> None:
+    judged = {"weight": 2.0, "aspect": "safety"}
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b", "strength": "better", "margin": 1.0, **judged}
+    scored = {"prompt": "p", "completions": ["a", "b"], "scores": [1.0, 2.0], **judged}
+    thumb = {"prompt": "p", "completion": "a", "label": True, **judged}
+    for source, wanted, record in (
+        *(("preference", wanted, pair) for wanted in ("unpaired", "ranked")),
+        *(("ranked", wanted, scored) for wanted in ("preference", "scored")),
+    ):
+        made, _ = run(source, wanted, record)
+        assert all(judged.items() <= new.items() for new in made)
+    for source, record in (("preference", pair), ("ranked", scored), ("unpaired", thumb)):
+        ((made, *_), _) = run(source, "sft", record)
+        assert made["weight"] == 2.0
+        assert "aspect" in lost(source, "sft", record)
+    assert lost("preference", "unpaired", pair, pair) == {"strength": 2, "margin": 2}
+    assert lost("preference", "ranked", pair) == {"strength": 1, "margin": 1}
+    assert lost("ranked", "preference", scored) == {}
+
+
+@pytest.mark.parametrize("wanted", ["unpaired", "ranked", "sft", "prompt"])
+def test_a_record_of_weight_0_leaves(wanted: str) -> None:
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    made, dropped = run("preference", wanted, {**pair, "weight": 0.0}, {**pair, "prompt": "q"})
+    assert made
+    assert {record["prompt"] for record in made} == {"q"}
+    assert dropped == [("its weight is 0", "line 1")]
+
+
+def test_scores_of_two_aspects_of_one_prompt_stay_apart() -> None:
+    records = [
+        {"prompt": "p", "completion": answer, "score": score, "aspect": aspect}
+        for answer, score, aspect in (
+            *(("a", 1.0, "helpfulness"), ("a", 9.0, "safety"), ("b", 2.0, "helpfulness"), ("b", 3.0, "safety")),
+        )
+    ]
+    made, _ = run("scored", "ranked", *records)
+    assert [(row["aspect"], row["scores"]) for row in made] == [("helpfulness", [1.0, 2.0]), ("safety", [9.0, 3.0])]
+    pairs, _ = run("scored", "preference", *records)
+    assert [(row["aspect"], row["chosen"]) for row in pairs] == [("helpfulness", "b"), ("safety", "a")]
+
+
+def test_scores_of_one_weight_are_a_ranking_of_that_weight() -> None:
+    def weighted(*weights: float) -> list[dict[str, Any]]:
+        return [
+            {"prompt": "p", "completion": f"answer {number}", "score": float(number), "weight": weight}
+            for number, weight in enumerate(weights)
+        ]
+
+    ((made,), _) = run("scored", "ranked", *weighted(2.0, 2.0))
+    assert made["weight"] == 2.0
+    ((made,), dropped) = run("scored", "ranked", *weighted(0.0, 3.0, 1.0))
+    assert made["completions"] == ["answer 1", "answer 2"]
+    assert "weight" not in made
+    assert dropped == [("its weight is 0", "line 1")]
+    assert lost("scored", "ranked", *weighted(3.0, 1.0)) == {"weight": 2}
 
 
 def test_conversational_prompts_are_gathered_too() -> None:
