@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 WIDTH = 120  # of tables that go to a file
 REMEDY = "change --out"
+FOR_POLICIES = (
+    *("against", "judge", "tie_eps", "reward", "gold", "reference", "num_samples", "max_new_tokens", "temperature"),
+    *("top_p", "distinct_words", "stop_strings", "engine", "batch_size", "dtype"),
+)
 
 
 def main(argv: list[str]) -> int:
     """Evaluate ``--model`` on ``--data``; reward models on comparisons, policies on prompts."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
     _check(options)
     from lightning_align.lab.summary import to_json
 
@@ -33,7 +38,7 @@ def main(argv: list[str]) -> int:
         if kinds == {True}:
             from lightning_align.cli.evaluate_rewards import evaluate_rewards
 
-            _check_for_rewards(options)
+            _check_for_rewards(options, parser)
             content, tables = evaluate_rewards(found, options)
         else:
             from lightning_align.cli.evaluate_policies import evaluate_policies
@@ -132,8 +137,8 @@ def _check(options: Namespace) -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def _check_for_rewards(options: Namespace) -> None:
+def _check_for_rewards(options: Namespace, parser: OptionParser) -> None:
     """Raise :class:`UserError` for options that reward models have no use for."""
-    for name in ("against", "judge", "reward", "gold", "reference", "max_new_tokens"):
-        if getattr(options, name) is not None:
+    for name in FOR_POLICIES:
+        if getattr(options, name) != parser.get_default(name):
             raise UserError(f"--{name} is for policies, but {options.model[0]} is a reward model: leave it out")

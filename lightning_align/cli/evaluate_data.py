@@ -22,7 +22,7 @@ def read_records(options: Namespace, kind: Kind) -> tuple[Loaded, list[dict[str,
         columns=read_columns(options),
         on_bad_record=options.on_bad_record,
     )
-    records, places = loaded.records[: options.limit], loaded.places[: options.limit]
+    records, places = _first(loaded, options.limit)
     fields = [dict(record) for record in records]
     if options.by and kind != "sft":  # demonstrations are beside the prompts
         rows = {row.place: row.fields for row in open_source(options.data, kind, options.split, None).rows}
@@ -35,6 +35,13 @@ def read_records(options: Namespace, kind: Kind) -> tuple[Loaded, list[dict[str,
                     f"(there are {', '.join(there)})"
                 )
     return Loaded(records, places, loaded.report), fields
+
+
+def _first(loaded: Loaded, limit: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """What was made of the first so many records of the data: a ranking gives several pairs, of one place."""
+    first = set(list(dict.fromkeys(loaded.places))[:limit])
+    kept = [index for index, place in enumerate(loaded.places) if place in first]
+    return [loaded.records[index] for index in kept], [loaded.places[index] for index in kept]
 
 
 def read_columns(options: Namespace) -> dict[str, str]:

@@ -58,7 +58,8 @@ def read_comparisons(options: Namespace) -> tuple[Comparisons, list[dict[str, An
         raise UserError(f"{options.data}: no record says which answer is better ({len(loaded.records):,} do not)")
     records = [loaded.records[index] for index in kept]
     _, group = np.unique([str(record["prompt"]) for record in records], return_inverse=True)
-    return Comparisons(records, group, loaded.report.dropped | skipped), [fields[index] for index in kept]
+    places = [loaded.places[index] for index in kept]
+    return Comparisons(records, places, group, loaded.report.dropped | skipped), [fields[index] for index in kept]
 
 
 def measure(

@@ -25,36 +25,38 @@ def accuracy(delta: Tensor) -> float:
     return float(hits(delta).mean())
 
 
-def accuracy_by_strength(delta: Tensor, strength: Tensor, names: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """Accuracy and number of pairs by strength of preference, an index into ``names``; other pairs are left out."""
+def accuracy_by_strength(delta: Tensor, strength: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Accuracy by strength of preference, an index into ``names``; other pairs are left out."""
     return {
-        name: (accuracy(delta[strength == index]), int((strength == index).sum()))
-        for index, name in enumerate(names)
-        if bool((strength == index).any())
+        name: accuracy(delta[strength == index]) for index, name in enumerate(names) if bool((strength == index).any())
     }
 
 
 def accuracy_length_matched(
     delta: Tensor, chosen_length: Tensor, rejected_length: Tensor, *, tolerance: float = 0.1
-) -> tuple[float, int]:
-    """Accuracy and number of the pairs whose lengths differ by at most ``tolerance`` of the longer one."""
+) -> float:
+    """Accuracy of the pairs whose lengths differ by at most ``tolerance`` of the longer one; NaN without any."""
     longer = torch.maximum(chosen_length, rejected_length)
     close = (chosen_length - rejected_length).abs() <= tolerance * longer
-    return accuracy(delta[close]), int(close.sum())
+    return accuracy(delta[close])
+
+
+def confidence_bins(delta: Tensor, *, num_bins: int = 10) -> tuple[Tensor, Tensor]:
+    """Confidence σ(|Δ|) of each pair ``[P]`` float64, and its bin ``[P]``, of equal width on [½, 1]; Δ is finite."""
+    confidence = torch.sigmoid(delta.double().abs())
+    return confidence, ((confidence - 0.5) / 0.5 * num_bins).long().clamp(max=num_bins - 1)
 
 
 def expected_calibration_error(delta: Tensor, *, num_bins: int = 10) -> float:
-    """Σ_b n_b/N |accuracy_b − confidence_b|, confidence σ(|Δ|), equal-width bins on [½, 1]."""
-    confidence = torch.sigmoid(delta.double().abs())
-    index = ((confidence - 0.5) / 0.5 * num_bins).long().clamp(max=num_bins - 1)
+    """Σ_b n_b/N |accuracy_b − confidence_b|, of :func:`confidence_bins`."""
+    confidence, index = confidence_bins(delta, num_bins=num_bins)
     gap = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, index, confidence - hits(delta))
     return float(gap.abs().sum() / len(delta))
 
 
-def brier_score(delta: Tensor, label: Tensor | None = None) -> float:
-    """Mean (σ(Δ) − p)²; p is the label, 1 by default and ½ for a tie. Guessing ½ always costs ¼."""
-    target = torch.ones_like(delta, dtype=torch.float64) if label is None else label.double()
-    return float(((torch.sigmoid(delta.double()) - target) ** 2).mean())
+def brier_score(delta: Tensor) -> float:
+    """Mean (1 − σ(Δ))². Guessing ½ always costs ¼."""
+    return float(((1 - torch.sigmoid(delta.double())) ** 2).mean())
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,9 @@ def pair_metrics(scores: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tenso
 def calibration_metrics(batches: Sequence[Mapping[str, Tensor]], strengths: Sequence[str]) -> dict[str, float]:
     """Metrics of a whole evaluation from the :func:`pair_metrics` of its batches; what is undefined is left out.
 
-    ``accuracy``, ``accuracy/<strength>``, ``accuracy_length_matched``, ``ece``, ``brier``, ``temperature_fit``,
+    ``accuracy/<strength>``, ``accuracy_length_matched``, ``ece``, ``brier``, ``temperature_fit``,
     ``length_correlation``, ``mean`` and ``std`` of the scores, and ``rank/kendall_tau`` where prompts have several
-    pairs.
+    pairs. Every pair counts once; the weighted accuracy is one of the sums of an evaluation.
     """
     pairs = _concatenated(batches)
     if not len(pairs["chosen"]):
@@ -151,10 +153,8 @@ def calibration_metrics(batches: Sequence[Mapping[str, Tensor]], strengths: Sequ
     delta = pairs["chosen"] - pairs["rejected"]
     scores = torch.cat([pairs["chosen"], pairs["rejected"]])
     lengths = torch.cat([pairs["chosen_length"], pairs["rejected_length"]])
-    matched, _ = accuracy_length_matched(delta, pairs["chosen_length"], pairs["rejected_length"])
     metrics = {
-        "accuracy": accuracy(delta),
-        "accuracy_length_matched": matched,
+        "accuracy_length_matched": accuracy_length_matched(delta, pairs["chosen_length"], pairs["rejected_length"]),
         "ece": expected_calibration_error(delta),
         "brier": brier_score(delta),
         "temperature_fit": fit_temperature(delta),
@@ -163,7 +163,7 @@ def calibration_metrics(batches: Sequence[Mapping[str, Tensor]], strengths: Sequ
         "std": float(scores.std(unbiased=False)),
     }
     by_strength = accuracy_by_strength(delta, pairs["strength"], strengths)
-    metrics |= {f"accuracy/{name}": value for name, (value, _) in by_strength.items()}
+    metrics |= {f"accuracy/{name}": value for name, value in by_strength.items()}
     if len(pairs["group"].unique()) < len(delta):
         metrics["rank/kendall_tau"] = kendall_tau(delta, pairs["group"])
     return {name: value for name, value in metrics.items() if not math.isnan(value)}

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_align.cli.evaluate_options import read_settings
 from lightning_align.lab.evaluation.subjects import Subject
@@ -200,6 +202,22 @@ def test_a_reward_model_that_is_an_adapter(scratch: Any) -> None:
     assert [row["model"] for row in content["models"]] == ["runs/slim", "runs/reward"]
 
 
+def test_a_limit_counts_records_not_the_pairs_of_a_ranking(scratch: Any) -> None:
+    scratch.write("ranked.jsonl", records("ranked", size=5, k=3, ties=0.0))
+    content = evaluated(scratch, "--model", "runs/reward", "--data", "ranked.jsonl", "--limit=3")
+    assert (content["data"]["prompts"], content["data"]["pairs"]) == (3, 9)
+
+
+def test_a_damaged_reward_model_is_said_in_one_line(scratch: Any) -> None:
+    shutil.copytree(scratch.root / "runs/reward/model", scratch.root / "damaged")
+    weights = load_file(scratch.root / "damaged/model.safetensors")
+    save_file(
+        {**weights, "score.weight": weights["score.weight"] * torch.nan}, scratch.root / "damaged/model.safetensors"
+    )
+    line = scratch.refused("evaluate", "--model", "damaged", "--data", "preference.jsonl")
+    assert "damaged gives nan to the chosen answer of preference.jsonl line 1 (" in line
+
+
 def test_ties_and_bad_records_are_counted(scratch: Any) -> None:
     pairs = [json.loads(line) for line in (scratch.root / "preference.jsonl").read_text().splitlines()]
     decided = [pair for pair in pairs if not pair.get("tie")]
@@ -224,6 +242,13 @@ def test_ties_and_bad_records_are_counted(scratch: Any) -> None:
         (["--model", "runs/sft", "runs/sft", *DATA], "names runs/sft twice"),
         (["--model", "runs/sft", "runs/reward", *DATA], "evaluate them apart"),
         (["--model", "runs/reward", "--gold", "playground", *DATA], "--gold is for policies"),
+        *(
+            (["--model", "runs/reward", f"--{name}={value}", *DATA], f"--{name} is for policies, but runs/reward is")
+            for name, value in {
+                **{"temperature": 0.5, "num_samples": 2, "dtype": "bfloat16", "batch_size": 2, "engine": "static"},
+                **{"tie_eps": 0.1, "top_p": 0.9, "distinct_words": 9, "stop_strings": "x"},
+            }.items()
+        ),
         (["--model", "runs/sft", "--data", "nothing.jsonl"], "nothing.jsonl: there is no such file"),
         (["--model", "runs/reward", "--data", "prompt.jsonl"], "prompt.jsonl line 1"),
         (["--model", "runs/sft", "--by", "famly", *DATA], "did you mean 'family'?"),

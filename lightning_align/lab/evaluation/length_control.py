@@ -7,6 +7,8 @@ that one whose answers are always longer is judged by what length gained the oth
 difficulty for each instruction.
 """
 
+import math
+
 import numpy as np
 
 from lightning_align.lab.evaluation.intervals import CELLS, Estimate
@@ -30,6 +32,9 @@ def length_controlled(
         length_differences: Length of the model's answer minus the other's ``[K, P]``.
         seed: Of the resampling.
         replicates: How many resamples.
+
+    Returns:
+        NaN of a model without any verdict, and NaN ends where fewer than two prompts have one.
     """
     models, prompts = results.shape
     scale = float(length_differences.std())
@@ -41,8 +46,9 @@ def length_controlled(
     design, targets = design.reshape(-1, models + 1), np.where(known, results, 0.5).ravel()
 
     def rates(counts: Array) -> Array:
-        weights = (known[None] * counts[:, None, :]).reshape(len(counts), -1)
-        return 1 / (1 + np.exp(-_fit(design, targets, weights)[:, :models]))
+        weights = known[None] * counts[:, None, :]
+        chance = 1 / (1 + np.exp(-_fit(design, targets, weights.reshape(len(counts), -1))[:, :models]))
+        return np.where(weights.any(2), chance, np.nan)
 
     values = rates(np.ones((1, prompts)))[0]
     generator = np.random.default_rng(seed)
@@ -52,11 +58,16 @@ def length_controlled(
     table = np.concatenate(
         [rates(generator.multinomial(prompts, even, size=size).astype(np.float64)) for size in sizes]
     )
-    intervals = [percentile_interval(float(value), table[:, model]) for model, value in enumerate(values)]
-    return [
-        Estimate(interval.estimate, interval.low, interval.high, int(known[model].sum()), float(table[:, model].std()))
-        for model, interval in enumerate(intervals)
-    ]
+    return [_estimate(float(value), table[:, model], int(known[model].sum())) for model, value in enumerate(values)]
+
+
+def _estimate(value: float, drawn: Array, prompts: int) -> Estimate:
+    """A rate with its interval; resamples without a verdict (NaN) say nothing."""
+    if prompts < 2:
+        return Estimate(value if prompts else math.nan, math.nan, math.nan, prompts)
+    drawn = drawn[np.isfinite(drawn)]
+    interval = percentile_interval(value, drawn)
+    return Estimate(value, interval.low, interval.high, prompts, float(drawn.std()))
 
 
 def _fit(design: Array, targets: Array, weights: Array) -> Array:

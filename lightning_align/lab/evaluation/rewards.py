@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import logsigmoid
 
+from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import CELLS, Estimate, bca, ratios
 from lightning_align.lab.overopt import LEVEL, Array
-from lightning_align.losses.reward_metrics import expected_calibration_error, hits
+from lightning_align.losses.reward_metrics import confidence_bins, expected_calibration_error, hits
 from lightning_align.rewards.learned import LearnedReward
 
 Index = NDArray[np.int64]
@@ -25,11 +26,13 @@ class Comparisons:
 
     Attributes:
         records: With ``prompt``, ``chosen`` and ``rejected``.
+        places: Where each comes from, for messages.
         group: Number of each pair's prompt ``[P]``, from 0; pairs of one prompt are resampled together.
         skipped: How many records were left out, by reason.
     """
 
     records: list[dict[str, Any]]
+    places: list[str]
     group: Index
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -54,12 +57,22 @@ def decided(records: Sequence[dict[str, Any]]) -> tuple[list[int], dict[str, int
 
 
 def score_differences(reward: LearnedReward, comparisons: Comparisons) -> Array:
-    """Δ = score(chosen) − score(rejected) of every pair ``[P]``; σ(Δ) is the model's probability of the label."""
+    """Δ = score(chosen) − score(rejected) of every pair ``[P]``; σ(Δ) is the model's probability of the label.
+
+    Raises:
+        UserError: At a score that is not a finite number.
+    """
     sides = []
     prompts = [record["prompt"] for record in comparisons.records]
     for side in ("chosen", "rejected"):
         answers = [record[side] for record in comparisons.records]
         scores = reward.score(prompts, answers, finished=[True] * len(answers), records=comparisons.records)
+        bad = (~scores.isfinite()).nonzero()[:, 0].tolist()
+        if bad:
+            raise UserError(
+                f"{reward.source} gives {float(scores[bad[0]])} to the {side} answer of {comparisons.places[bad[0]]} "
+                f"({len(bad):,} of {len(scores):,} have no finite score): its weights are damaged, train it again"
+            )
         sides.append(scores.double().numpy())
     return np.asarray(sides[0] - sides[1], dtype=np.float64)
 
@@ -110,9 +123,8 @@ def calibrated_error(delta: Array, *, seed: int = 0) -> tuple[float, float]:
 
 def _binned(delta: torch.Tensor) -> tuple[Array, Array]:
     """Confidence σ(|Δ|) of each pair ``[P]``, and a one in the column of its bin ``[P, BINS]``."""
-    confidence = torch.sigmoid(delta.abs()).numpy()
-    index = np.clip(((confidence - 0.5) / 0.5 * BINS).astype(int), 0, BINS - 1)
-    return confidence, np.eye(BINS)[index]
+    confidence, index = confidence_bins(delta, num_bins=BINS)
+    return confidence.numpy(), np.eye(BINS)[index.numpy()]
 
 
 def _by_group(values: Array, group: Index) -> Array:

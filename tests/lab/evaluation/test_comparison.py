@@ -1,6 +1,7 @@
 """Win rates: golden vectors, both orders, ties; and with the advantage of length taken away."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,27 @@ def test_without_a_difference_in_length_it_is_the_win_rate() -> None:
     assert rate.value == pytest.approx(0.7, abs=1e-6)
     (certain,) = length_controlled(np.ones((1, 20)), np.zeros((1, 20)), replicates=20)
     assert certain.value > 0.99
+
+
+def test_a_length_controlled_rate_claims_no_more_than_its_prompts_say() -> None:
+    nan = np.nan
+    (single,) = length_controlled(np.array([[1.0]]), np.zeros((1, 1)), replicates=20)
+    assert single.value > 0.5
+    assert single.n == 1
+    results = np.array([[nan, nan, nan, nan], [1.0, 0.0, nan, nan], [1.0, 1.0, 0.0, 1.0]])
+    nothing, two, four = length_controlled(results, np.zeros((3, 4)), replicates=2000)
+    assert (nothing.n, two.n, four.n) == (0, 2, 4)
+    assert np.isnan([nothing.value, nothing.low, nothing.high, nothing.se, single.low, single.high]).all()
+    assert four.value == pytest.approx(0.75, abs=1e-6)
+    # of two prompts a resample holds both, one of them or none: the last kind is left out, not counted as one half
+    assert two.se**2 == pytest.approx(_variance_of_two_of_four(), rel=0.1)
+
+
+def _variance_of_two_of_four() -> float:
+    """Of the share of wins, over all resamples of four prompts of which one was won, one lost and two say nothing."""
+    shares = [
+        drawn.count(0) / (drawn.count(0) + drawn.count(1))
+        for drawn in product(range(4), repeat=4)
+        if drawn.count(0) + drawn.count(1)
+    ]
+    return float(np.var(shares))
