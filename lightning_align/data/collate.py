@@ -173,20 +173,21 @@ class PreferenceGroups:
         margins: Margin by strength; a pair's own margin goes before it.
 
     Attributes:
-        ref_logp: Log-prob of every answer under a reference, float32 by row of the table, where it was computed before.
+        ref_logp: Log-prob of every answer under a reference, by row of the table, where it was computed before.
     """
 
     def __init__(self, table: Arrays, *, pad_id: int, margins: Sequence[float]) -> None:
         self.table = table
         self.pad_id = pad_id
         by_strength = np.array([*margins, 0.0], dtype=np.float32)[table["strength"]]  # −1 is the last
-        self.margins = np.where(np.isnan(table["margin"]), by_strength, table["margin"])
+        known = np.where(np.isnan(table["margin"]), by_strength, table["margin"])
+        self.margins = np.where(table["label"] == 0.5, np.float32(0), known)  # a tie's answers are not to be told apart
         self.weights = table["weight"].astype(np.float64)
         self.lengths = np.diff(table["starts"][table["groups"]])
         self.longest = int(np.diff(table["starts"]).max())
         self.sequences_per_element = len(table["prompt_length"]) / len(self.weights)
         self.chosen_tokens = self._chosen_tokens()
-        self.ref_logp: NDArray[np.float32] | None = None
+        self.ref_logp: NDArray[np.floating] | None = None
 
     @property
     def num_sequences(self) -> int:

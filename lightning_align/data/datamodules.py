@@ -143,6 +143,7 @@ class PreferenceDataModule(BaseDataModule):
             raise UserError(f"data.margin names strength {min(unknown)!r}: there are {', '.join(STRENGTHS)}")
         self.wanted_kind: Kind | None = None if kind == "auto" else kind
         self.margin = margin
+        self.uses_margins = True  # as far as the method is known
         self.ties = ties
         self.aspect = aspect
         self.group_by_length = group_by_length
@@ -163,6 +164,9 @@ class PreferenceDataModule(BaseDataModule):
         if self.ties not in ("drop", "soft", *module.tie_models):
             known = ", ".join(("drop", "soft", *module.tie_models))
             raise UserError(f"data.ties is {self.ties}, which {type(module).__name__} cannot learn here: give {known}")
+        self.uses_margins = module.uses_margins
+        if not self.uses_margins and self.margin not in ("auto", "none"):
+            raise UserError(f"data.margin is {self.margin}, but this loss has no margins: leave it out")
         super().setup(stage)
 
     def source_kind(self) -> Kind:
@@ -201,7 +205,7 @@ class PreferenceDataModule(BaseDataModule):
     def dataset(self, split: SplitName, table: Arrays, pad_id: int, capacity: int) -> Batchable:
         """Groups of answers, with margins."""
         graded = bool((table["strength"] >= 0).any())
-        name = ("small" if graded else "none") if self.margin == "auto" else self.margin
+        name = ("small" if graded and self.uses_margins else "none") if self.margin == "auto" else self.margin
         margins = MARGINS[name] if isinstance(name, str) else tuple(name.get(strength, 0.0) for strength in STRENGTHS)
         if split == "train":
             if self.wanted_kind == "scored":
@@ -221,6 +225,10 @@ class PreferenceDataModule(BaseDataModule):
     def _note_margins(self, table: Arrays, margins: Sequence[float], graded: bool) -> None:
         own = int((table["margin"] == table["margin"]).sum())  # the others are NaN
         self.report.note("pairs", len(table["chosen"]))
+        if not self.uses_margins:
+            if own:
+                self.report.note("pairs with a margin of their own", f"{own:,}, which this loss has no use for")
+            return
         if graded and any(margins):
             by_strength = ", ".join(f"{name} {value:.3g}" for name, value in zip(STRENGTHS, margins, strict=True))
             self.report.note(

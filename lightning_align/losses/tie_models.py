@@ -1,5 +1,6 @@
 """Comparisons that may tie: probabilities of win, tie and loss with one learnt parameter."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,18 +46,24 @@ class TieModel:
         name: As in the options.
         log_probabilities: Of win, tie and loss ``[3, P]``, from differences ``[P]`` and the parameter.
         from_free: The parameter from a number without bounds, which is what an optimiser moves.
-        start: Where that number begins: about one pair in twenty of equal scores ties.
+        to_free: That number from the parameter.
+        start: The parameter at the start: about one pair in twenty of equal scores ties.
     """
 
     name: str
     log_probabilities: Callable[[Tensor, Tensor], Tensor]
     from_free: Callable[[Tensor], Tensor]
+    to_free: Callable[[float], float]
     start: float
 
 
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))
+
+
 TIE_MODELS = {
-    "rao_kupper": TieModel("rao_kupper", rao_kupper, softplus, -2.2521685),  # η = 0.1
-    "davidson": TieModel("davidson", davidson, lambda free: free, -2.3025851),  # ν = 0.1
+    "rao_kupper": TieModel("rao_kupper", rao_kupper, softplus, _inverse_softplus, 0.1),
+    "davidson": TieModel("davidson", davidson, lambda free: free, lambda kappa: kappa, math.log(0.1)),
 }
 
 

@@ -37,6 +37,7 @@ from lightning_align.models.tokenizer_training import train_tokenizer
 Schedule = Literal["constant", "linear", "cosine"]
 # Their names in transformers.
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
+EXTREMES = {"min_reward": torch.minimum, "max_reward": torch.maximum}  # metrics that are no ratios of sums
 
 
 class AlignModule(L.LightningModule):
@@ -48,7 +49,7 @@ class AlignModule(L.LightningModule):
 
     Args:
         model: Policy to start from: run directory, local path, hub id, or a YAML file of an architecture to initialise.
-        learning_rate: Peak learning rate; ten times as high with ``lora_r``.
+        learning_rate: Peak learning rate; with ``lora_r`` set it ten times as high.
         weight_decay: Decoupled weight decay, on matrices only (not on norms, biases and embeddings).
         adam_beta1: First AdamW coefficient.
         adam_beta2: Second AdamW coefficient.
@@ -71,6 +72,7 @@ class AlignModule(L.LightningModule):
     kinds: tuple[Kind, ...] = ()  # of records that it learns from; empty where any will do
     record_kind: Kind | None = None  # to ask a datamodule for that has several
     tie_models: tuple[str, ...] = ()  # probabilities of ties that it has a parameter for
+    uses_margins = False  # whether ``data.margin`` changes what it learns
     trained_roles: tuple[str, ...] = ("policy",)  # of :meth:`parameter_roles`, those that learn
     dropout = 0.0  # of the whole network; off wherever log-probs or scores are compared
     may_drop = False  # whether it can be on
@@ -343,16 +345,14 @@ class AlignModule(L.LightningModule):
         return [item for part in parts for item in part]
 
     def total(self, sums: Metrics) -> dict[str, tuple[float, float]]:
-        """The sums over all ranks as plain numbers; a rank may lack some, or all."""
+        """:func:`add_sums` over all ranks as plain numbers; a rank may lack some, or all."""
         names = sorted(sums)
         columns = [torch.stack([value.detach().double() for value in sums[name]]) for name in names]
         own = dict(zip(names, torch.stack(columns).tolist(), strict=True)) if names else {}
-        total: dict[str, tuple[float, float]] = {}
+        total: Metrics = {}
         for part in self.gather([own]):
-            for name, (numerator, denominator) in part.items():
-                before = total.get(name, (0.0, 0.0))
-                total[name] = (before[0] + numerator, before[1] + denominator)
-        return total
+            add_sums(total, {name: tuple(torch.tensor(pair, dtype=torch.float64)) for name, pair in part.items()})
+        return {name: (float(numerator), float(denominator)) for name, (numerator, denominator) in total.items()}
 
     def ratios(self, sums: Metrics) -> dict[str, float]:
         """Global ratios; a metric with denominator 0 is left out, never logged as 0."""
@@ -396,11 +396,18 @@ class AlignModule(L.LightningModule):
 
 
 def add_sums(total: Metrics, sums: Metrics) -> None:
-    """Add ``sums`` into ``total`` in place."""
+    """Add ``sums`` into ``total`` in place; of :data:`EXTREMES` the further one of those that have a denominator."""
     for name, (numerator, denominator) in sums.items():
-        old = total.get(name)
         numerator, denominator = numerator.detach(), denominator.detach()
-        total[name] = (numerator, denominator) if old is None else (old[0] + numerator, old[1] + denominator)
+        if name not in total:
+            total[name] = numerator, denominator
+        elif name in EXTREMES:
+            before, counted = total[name]
+            either = torch.where(counted == 0, numerator, before)
+            both = EXTREMES[name](before, numerator)
+            total[name] = torch.where((counted == 0) | (denominator == 0), either, both), counted.maximum(denominator)
+        else:
+            total[name] = total[name][0] + numerator, total[name][1] + denominator
 
 
 def ratios(total: Mapping[str, tuple[float, float]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Direct preference optimisation and its relatives: learn from comparisons without a reward model or sampling."""
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from lightning_align.data.answer_rows import packed_rows, padded_rows
 from lightning_align.data.collate import PreferenceGroups
 from lightning_align.data.loader import EvalLoader
 from lightning_align.data.unpaired import UnpairedRows
-from lightning_align.errors import check_options
+from lightning_align.errors import UserError, check_options
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import AlignModule
 from lightning_align.methods.dpo_objectives import UnpairedObjective
@@ -29,6 +30,7 @@ from lightning_align.models.lora import adapters_off
 from lightning_align.models.masks import keeps_documents_apart
 
 CACHE_FILE = "reference_logps.safetensors"
+MEASURED = {"entropy": True, "correct": True}  # beside log-probs, where a step is logged
 
 
 class DPOModule(AlignModule):
@@ -98,26 +100,40 @@ class DPOModule(AlignModule):
             ("rpo_alpha", rpo_alpha, rpo_alpha >= 0, "0 or more"),
             ("desirable_weight", desirable_weight, desirable_weight > 0, "a number above 0"),
             ("undesirable_weight", undesirable_weight, undesirable_weight > 0, "a number above 0"),
+            *(
+                ("loss_weights", loss_weights, 0 < weight < math.inf, "numbers above 0")
+                for weight in loss_weights or ()
+            ),
         )
-        options = {
+        options: dict[str, Any] = {
             **{"beta": beta, "label_smoothing": label_smoothing, "ipo_average": ipo_average, "rpo_alpha": rpo_alpha},
             **{"slic_delta": slic_delta, "slic_lambda": slic_lambda, "odpo_alpha": odpo_alpha},
             **{"dpop_lambda": dpop_lambda, "r_dpo_alpha": r_dpo_alpha, "simpo_gamma": simpo_gamma},
             **{"cpo_alpha": cpo_alpha, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight},
         }
+        check_options(
+            "model",
+            *(
+                (name, value, value is None or math.isfinite(value), "a finite number")
+                for name, value in options.items()
+            ),
+        )
         names = [loss_type] if isinstance(loss_type, str) else loss_type
+        self.uses_margins = "odpo" in names
         self.objective = build_objective(names, loss_weights, options)
         if isinstance(self.objective, UnpairedObjective):
             self.record_kind = "unpaired"
         self.reference = check_reference(reference, names, reference_cache)
         self.reference_cache = reference_cache
         self.frozen: Frozen | None = None
+        self.reference_has_left = False  # for good: the policy is no longer what it was copied from
 
     def setup(self, stage: str) -> None:
         """Refuse data that the losses cannot use, before any weights are loaded."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if "train" in datamodule.datasets:
-            warning = self.objective.check(datamodule.datasets["train"], datamodule.batch_size)
+            step = datamodule.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
+            warning = self.objective.check(datamodule.datasets["train"], step)
             if warning is not None:
                 warnings.warn(warning, stacklevel=2)
 
@@ -128,7 +144,7 @@ class DPOModule(AlignModule):
         A policy with adapters is its own reference, with them switched off.
         """
         super().configure_model()
-        if self.reference != "none" and self.frozen is None:
+        if self.reference != "none" and self.frozen is None and not self.reference_has_left:
             whole = self.lora is None
             self.frozen = Frozen(copy.deepcopy(self.model).eval().requires_grad_(False) if whole else self.model)
 
@@ -165,6 +181,8 @@ class DPOModule(AlignModule):
 
     def cache_reference(self) -> None:
         """Log-probs of all answers under the reference, from the file or by one pass over the data; then it leaves."""
+        if self.reference_has_left:  # another fit: the data have their log-probs, or :meth:`answers` refuses them
+            return
         datasets = self.trainer.datamodule.datasets  # type: ignore[attr-defined]
         assert self.frozen is not None
         origin = {"reference model": fingerprint(self.frozen.network), "precision": str(self.trainer.precision)}
@@ -179,9 +197,10 @@ class DPOModule(AlignModule):
         for split, data in datasets.items():
             data.ref_logp = found[split]
         self.frozen = None
+        self.reference_has_left = self.lora is None  # under adapters it is still there
 
     @torch.no_grad()
-    def reference_log_probs(self, data: PreferenceGroups | UnpairedRows) -> NDArray[np.float32]:
+    def reference_log_probs(self, data: PreferenceGroups | UnpairedRows) -> NDArray[np.floating]:
         """One an answer, by row of the data, each computed by one process."""
         loader = EvalLoader(
             data,
@@ -191,12 +210,14 @@ class DPOModule(AlignModule):
             fill=False,
             by_length=True,
         )
-        total = torch.zeros(data.num_sequences, device=self.device)
+        # in float64 runs as wide as the policy's own, or rounding would decide which answer is ahead
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        total = torch.zeros(data.num_sequences, device=self.device, dtype=dtype)
         for batch in loader:
             batch = {name: values.to(self.device) for name, values in batch.items()}
             with self.trainer.precision_plugin.forward_context(), self.reference_network() as network:
                 assert network is not None
-                total[batch["row"]] = answer_stats(network, self.answer_rows(batch)).logp.float()
+                total[batch["row"]] = answer_stats(network, self.answer_rows(batch), **MEASURED).logp
         return self.all_reduce(total).cpu().numpy()
 
     # ------------------------------------------------------------------ objective
@@ -214,11 +235,18 @@ class DPOModule(AlignModule):
             measure: Whether to measure what is only logged, where it is logged.
         """
         rows, logged = self.answer_rows(batch), measure and self.logs_this_step()
-        stats = answer_stats(self.model, rows, entropy=logged, correct=logged, mean_logit=logged)
-        if "ref_logp" in batch:
+        # the reference is asked for the same: what is measured beside them changes how log-probs round
+        asked = MEASURED if logged else {}
+        stats = answer_stats(self.model, rows, **asked, mean_logit=logged)
+        if "ref_logp" in batch and self.reference == "cached":
             return stats, batch["ref_logp"].to(stats.logp.dtype)
+        if self.reference_has_left:
+            raise UserError(
+                "model.reference is cached: the reference has left memory, and its log-probs of these data were not "
+                "cached before training; evaluate them with model.reference model"
+            )
         with torch.no_grad(), self.reference_network() as network:
-            return stats, None if network is None else answer_stats(network, rows).logp
+            return stats, None if network is None else answer_stats(network, rows, **asked).logp
 
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Summed losses, and the sums behind TRL's metrics."""

@@ -73,10 +73,10 @@ class PairObjective:
         self.nll_weight = rpo_alpha + sum(term.weight * term.nll_weight for term in terms)
         first = terms[0]
         self.beta = float(first.options.get("beta", 1.0))
-        self.reference_free = all(term.name in REFERENCE_FREE for term in terms)
+        self.reference_free = first.name in REFERENCE_FREE
         self.per_token = first.name in PER_TOKEN
 
-    def check(self, data: PreferenceGroups, batch_size: int) -> str | None:
+    def check(self, data: PreferenceGroups, step_size: int) -> str | None:
         """Refuse data that a loss cannot use."""
         odpo = any(term.name == "odpo" for term in self.terms)
         if odpo and not data.margins.any() and not (data.table["score"] == data.table["score"]).any():
@@ -150,10 +150,13 @@ class UnpairedObjective:
         self.z0: Tensor | None = None  # of the optimiser step under way
         self._evaluated: list[dict[str, Tensor]] = []
 
-    def check(self, data: UnpairedRows, batch_size: int) -> str | None:
-        """Refuse batches of one; a warning where good and bad answers are out of balance."""
-        if batch_size < 2:
-            raise UserError("data.batch_size is 1: KTO compares an answer with others of its batch, give at least 2")
+    def check(self, data: UnpairedRows, step_size: int) -> str | None:
+        """Refuse steps of one answer; a warning where good and bad answers are out of balance."""
+        if step_size < 2:
+            raise UserError(
+                "data.batch_size is 1, and so is the step: KTO estimates the KL on the answers of a step, give at "
+                "least 2, or trainer.accumulate_grad_batches"
+            )
         if not data.has_partners:
             raise UserError(
                 "all records have the same prompt: KTO needs answers to other prompts, to measure the KL on"
@@ -162,10 +165,11 @@ class UnpairedObjective:
         bad = len(data) - good
         if not good or not bad:
             raise UserError(f"all answers are {'good' if good else 'bad'}: KTO needs some of both labels")
-        ratio = self.options["desirable_weight"] * good / (self.options["undesirable_weight"] * bad)
+        share = float(data.weights[data.labels].sum() / data.weights[~data.labels].sum())
+        ratio = self.options["desirable_weight"] * share / self.options["undesirable_weight"]
         if BALANCE[0] <= ratio <= BALANCE[1]:
             return None
-        low, high = (self.options["undesirable_weight"] * bad / good * bound for bound in BALANCE)
+        low, high = (self.options["undesirable_weight"] / share * bound for bound in BALANCE)
         return (
             f"{good:,} good and {bad:,} bad answers weigh {ratio:.3g} to 1, and KTO wants 1 to 4/3: set "
             f"model.desirable_weight between {low:.3g} and {high:.3g}, or lower the other"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lightning_align.errors import UserError
 from lightning_align.models.lora import adapters_off, plain_state
 
-LogProbs = dict[str, NDArray[np.float32]]  # by split, one an answer
+LogProbs = dict[str, NDArray[np.floating]]  # by split, one an answer; float64 in float64 runs, else float32
 WITHOUT_EFFECT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # on log-probs, of a configuration
 
 

@@ -1,6 +1,5 @@
 """Reward models: learn a score from comparisons, rankings or scores."""
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from lightning_align.data.answer_rows import packed_rows
-from lightning_align.data.collate import PreferenceGroups
 from lightning_align.data.records import STRENGTHS
 from lightning_align.errors import UserError, check_options
 from lightning_align.losses.masked import Metrics
@@ -48,7 +46,7 @@ class RewardModule(AlignModule):
     of its scores on training responses, so that scores start at 0.
 
     Args:
-        learning_rate: 1e-5 for billions of parameters; 1e-4 to 3e-4 for a few millions.
+        learning_rate: 1e-5 for billions of parameters; 1e-4 to 5e-4 for a few millions.
         objective: Of comparisons ``bradley_terry``, pair by pair, or ``plackett_luce``, a ranking as a whole; of scores
             ``squared_error`` or ``huber``, on scores standardised to mean 0 and deviation 1.
         label_smoothing: Probability that a label is wrong (``bradley_terry``).
@@ -83,6 +81,7 @@ class RewardModule(AlignModule):
             ("center_rewards_coefficient", centre, centre >= 0, "0 or more"),
             ("center_rewards_coefficient", centre, compares or not centre, f"0 with objective {objective}"),
         )
+        self.uses_margins = pairwise
         self.objective = objective
         self.label_smoothing = label_smoothing
         self.center_rewards_coefficient = center_rewards_coefficient
@@ -111,16 +110,13 @@ class RewardModule(AlignModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         if datamodule.ties in TIE_MODELS and self.tie_model is None:
             self.tie_model = TIE_MODELS[datamodule.ties]
-            self.free_tie_parameter = nn.Parameter(torch.tensor(self.tie_model.start))
-        if "train" in datamodule.datasets:
-            self.fit_to(datamodule.datasets["train"])
-
-    def fit_to(self, data: PreferenceGroups) -> None:
-        """Take the scores' mean and deviation; say which settings of the data this objective has no use for."""
-        if self.objective in REGRESSIONS:
-            self.model.set_target(*moments_of(torch.from_numpy(data.table["score"])))
-        elif self.objective == "plackett_luce" and data.margins.any():
-            warnings.warn("margins are for pairs: objective plackett_luce does not use them", stacklevel=2)
+            stored = getattr(self.model.config, "tie_model", None) or {}
+            known = stored.get("name") == self.tie_model.name  # of a reward model that goes on
+            parameter = stored["parameter"] if known else self.tie_model.start
+            self.free_tie_parameter = nn.Parameter(torch.tensor(self.tie_model.to_free(parameter)))
+        if "train" in datamodule.datasets and self.objective in REGRESSIONS:
+            table = datamodule.datasets["train"].table
+            self.model.set_target(*moments_of(torch.from_numpy(table["score"])))
 
     def parameter_roles(self) -> dict[str, Parameters]:
         """The reward model's parameters."""
@@ -205,6 +201,11 @@ class RewardModule(AlignModule):
         if self.objective in REGRESSIONS:
             return metrics | regression_metrics(evaluated)
         delta = differences(evaluated)
+        if not delta.isfinite().all():
+            raise UserError(
+                f"{int((~delta.isfinite()).sum()):,} of {len(delta):,} held-out pairs have a score that is not finite: "
+                "the model has diverged, give a lower model.learning_rate"
+            )
         bins = min(RELIABILITY_BINS, max(1, len(delta) // PAIRS_IN_A_BIN))
         self.reliability = reliability_bins(delta, num_bins=bins)
         return metrics | calibration_metrics(evaluated, STRENGTHS)
@@ -226,8 +227,10 @@ class RewardModule(AlignModule):
         """Store mean and standard deviation of the reference scores beside the weights, and the tie model."""
         self.model.set_normalisation(self.reference_scores(), self.normalisation)
         if self.tie_model is not None:
-            parameter = float(self.tie_model.from_free(self.free_tie_parameter))
+            parameter = float(self.tie_model.from_free(self.free_tie_parameter.detach()))
             self.model.config.tie_model = {"name": self.tie_model.name, "parameter": parameter}
+        elif hasattr(self.model.config, "tie_model"):  # of the reward model that it began with
+            del self.model.config.tie_model
 
     def on_train_end(self) -> None:
         """Normalise while the model is still on its device; the Trainer takes it off before the export."""

@@ -126,9 +126,8 @@ class FunctionReward:
         records: Sequence[Mapping[str, Any]],
     ) -> dict[str, Sequence[Any]]:
         names = dict.fromkeys(name for record in records for name in record)
-        available: dict[str, Sequence[Any]] = {"finished": finished}
-        available |= {name: [record.get(name) for record in records] for name in names}
-        available["prompts"] = prompts
+        available: dict[str, Sequence[Any]] = {name: [record.get(name) for record in records] for name in names}
+        available |= {"finished": finished, "prompts": prompts}  # whatever columns of these names say
         available["completions"] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)

@@ -451,6 +451,7 @@ class Recorder(L.LightningModule):
 
     record_kind = None
     tie_models = ()
+    uses_margins = True
 
     def __init__(self, own: Any) -> None:
         super().__init__()

@@ -4,15 +4,20 @@ import gc
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_align.data.collate import Window
+from lightning_align.data.datamodules import PreferenceDataModule
+from lightning_align.errors import UserError
 from lightning_align.losses.preference import LOSSES, REFERENCE_FREE
 from lightning_align.methods import dpo
 from lightning_align.playground import records
@@ -97,6 +102,13 @@ def test_dpo_1_no_precision_moves_the_reference(world: Any, precision: dict[str,
         run = world.fit({**DPO, **EVERY[name], **precision, "trainer.max_steps": 1, "model.beta": 1.0})
         row = run.row(1, "loss")
         assert [row[f"rewards/{side}"] for side in ("chosen", "rejected")] == pytest.approx([0, 0], abs=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("reference", [{}, {"model.reference": "cached"}, {"model.lora_r": 2}])
+def test_dpo_1_at_the_reference_every_pair_is_undecided(world: Any, reference: dict[str, Any], precision: str) -> None:
+    run = world.fit({**DPO, **reference, "trainer.precision": precision, "trainer.max_steps": 1})
+    assert run.row(1, "loss")["rewards/accuracies"] == 0.5
 
 
 COMMON = {"loss", "num_tokens", "epoch", "grad_norm", "learning_rate", "entropy", "step"}
@@ -199,6 +211,39 @@ def test_dpo_6_a_resumed_run_reads_its_own_cache(world: Any) -> None:
     assert all(torch.equal(values, whole.weights[name]) for name, values in resumed.weights.items())
 
 
+def test_dpo_6_a_reference_that_has_left_is_not_made_of_the_trained_policy(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.root / "splits").mkdir()
+    for split in ("train", "val", "test"):
+        world.write(f"splits/{split}.jsonl", records("preference", split=split, size=8))
+    cached = {**DPO, "model.reference": "cached", "data.path": "@splits", "data.val_path": None, "trainer.max_steps": 1}
+    margins: list[float] = []
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(**quiet, enable_model_summary=False)
+    # the first has left memory; that of a model with adapters is still there
+    for options, left in ((cached, True), ({**cached, "model.lora_r": 2}, False)):
+        module = world.fit(options).module
+        known = module.trainer.datamodule
+        again = PreferenceDataModule(path=str(world.root / "splits"), cache_dir=None)
+        monkeypatch.setattr(module, "report", lambda row, step: margins.append(row["eval/rewards/margins"]))
+        trainer.validate(module, known, verbose=False)
+        for evaluate, datamodule in ((trainer.validate, again), (trainer.test, known)):
+            with pytest.raises(UserError, match="the reference has left memory") if left else nullcontext():
+                evaluate(module, datamodule, verbose=False)
+    whole, before, after, _ = margins
+    assert whole != 0
+    assert before == pytest.approx(after, rel=1e-4) != 0
+
+
+def test_dpo_6_log_probs_that_another_run_left_in_the_data_are_not_read(world: Any) -> None:
+    module = world.ready(DPO)
+    data = module.trainer.datamodule.datasets["train"]
+    loss, _ = module.loss(data.collate(range(8), 8.0))
+    data.ref_logp = np.zeros(data.num_sequences, dtype=np.float32)
+    assert torch.equal(module.loss(data.collate(range(8), 8.0))[0], loss)
+
+
 def test_dpo_6_two_processes_share_the_pass(world: Any) -> None:
     options = {**DPO, **DOUBLE, "model.reference": "cached", "trainer.max_epochs": 1}
     one = world.fork(options)
@@ -236,7 +281,14 @@ def test_dpo_9_losses_without_a_reference_load_none(world: Any, name: str) -> No
         ({"model.reference": "none"}, "loss_type sigmoid compares with one"),
         ({"model.loss_type": "simpo", "model.reference": "model"}, "loss_type simpo uses none"),
         ({"model.reference_cache": "file"}, "set model.reference cached too"),
-        ({**KTO, "data.batch_size": 1}, "data.batch_size is 1: KTO compares"),
+        ({**KTO, "data.batch_size": 1}, "data.batch_size is 1, and so is the step"),
+        ({"model.loss_type": ["ipo", "hinge"], "model.loss_weights": [1.0, -1.0]}, "give numbers above 0"),
+        ({"model.loss_type": ["ipo", "hinge"], "model.loss_weights": [0.0, 1.0]}, "give numbers above 0"),
+        ({"model.loss_type": ["ipo", "hinge"], "model.loss_weights": "[1.0, .nan]"}, "give numbers above 0"),
+        ({"model.loss_type": "simpo", "model.simpo_gamma": ".nan"}, "model.simpo_gamma is nan: give a finite"),
+        ({"model.loss_type": "dpop", "model.dpop_lambda": ".inf"}, "model.dpop_lambda is inf: give a finite"),
+        ({"data.margin": "small"}, "data.margin is small, but this loss has no margins: leave it out"),
+        ({**KTO, "data.margin": "small"}, "data.margin is small, but this loss has no margins: leave it out"),
         ({"model.loss_type": "odpo", "data.margin": "none"}, "odpo needs to know by how much"),
         ({"data.ties": "davidson"}, "data.ties is davidson"),
         ({"model.dropout": 0.1}, "dropout"),
@@ -248,6 +300,31 @@ def test_dpo_11_options_that_cannot_be_meant_are_refused(
     run = world.fit({**DPO, **options}, code=2)
     assert message in capsys.readouterr().err
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(("loss", "said"), [("sigmoid", False), ("odpo", True)])
+def test_margins_are_spoken_of_where_they_are_used(world: Any, loss: str, said: bool) -> None:
+    module = world.ready({**DPO, "model.loss_type": loss})
+    assert ("margin by strength" in module.trainer.datamodule.report.notes) is said
+    assert bool(module.trainer.datamodule.datasets["train"].margins.any()) is said
+
+
+def test_kto_learns_the_same_from_batches_of_one(world: Any) -> None:
+    options = {**DPO, **KTO, **DOUBLE, "trainer.max_epochs": 1}
+    ones = {"data.batch_size": 1, "trainer.accumulate_grad_batches": 8}
+    one, whole = (world.fit({**options, **sizes}).row(3, "loss") for sizes in (ones, {}))
+    assert one == pytest.approx(whole, rel=1e-6, abs=1e-6)
+
+
+def test_kto_weighs_answers_as_their_records_say(world: Any) -> None:
+    weights = [2.0, 2.0, 0.5, 0.5, 0.5, 0.5]
+    rows = [{**row, "weight": weight} for row, weight in zip(records("unpaired", size=6), weights, strict=True)]
+    options = {"data.path": world.write("weighted.jsonl", rows), "data.val_fraction": 0.0, "data.val_path": None}
+    module = world.ready({**DPO, **KTO, **options})
+    data = module.trainer.datamodule.datasets["train"]
+    loss, sums = module.loss(data.collate(range(6), sum(weights)))
+    assert float(loss.detach()) == pytest.approx(0.5 * sum(weights))  # at its reference every answer costs one half
+    assert float(sums["loss"][1]) == sum(weights) == data.weights.sum()
 
 
 def test_kto_warns_where_good_and_bad_answers_are_out_of_balance(world: Any) -> None:

@@ -112,6 +112,14 @@ def test_a_mixture_is_the_weighted_sum_of_its_losses_and_likelihoods(objective: 
     assert metrics["nll_loss"] == pytest.approx(nll, rel=1e-9)
 
 
+@pytest.mark.parametrize("first", ["simpo", "sigmoid"])
+def test_rewards_of_a_mixture_are_those_of_its_first_loss(objective: Callable[..., Any], first: str) -> None:
+    second = {"simpo": "sigmoid", "sigmoid": "simpo"}[first]
+    mixed, alone = (evaluated(objective(loss_type=names), POLICY, PAIRS) for names in ([first, second], [first]))
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert mixed[name] == pytest.approx(alone[name])
+
+
 def test_odpo_takes_the_difference_of_scores_before_the_margin(objective: Callable[..., Any]) -> None:
     loss, _ = objective(loss_type="odpo", beta=0.2, odpo_alpha=0.5).loss(POLICY, PAIRS)
     pairs = as_pairs(*POLICY.answers(PAIRS), PAIRS)

@@ -1,6 +1,7 @@
 """Reward models through their module and the command line."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,11 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_align.data.answer_rows import packed_rows
+from lightning_align.errors import UserError
 from lightning_align.losses.ranking import plackett_luce_loss
+from lightning_align.losses.reward_metrics import differences, hits
+from lightning_align.losses.tie_models import TIE_MODELS
+from lightning_align.methods.base import add_sums
 from lightning_align.models.answers import AnswerRows
 from lightning_align.models.heads import RewardModel
 from lightning_align.playground import records
@@ -184,9 +189,61 @@ def test_rm_6_on_pairs_it_is_the_pairwise_loss(world: Any, gradients: Callable[.
         torch.testing.assert_close(second[name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_margins_that_a_ranking_has_no_use_for_are_said(world: Any) -> None:
-    with pytest.warns(UserWarning, match="objective plackett_luce does not use them"):
-        world.ready({**REWARD, "model.objective": "plackett_luce", "data.margin": "small"})
+def test_margins_that_a_ranking_has_no_use_for_are_refused(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = world.fit({**REWARD, "model.objective": "plackett_luce", "data.margin": "small"}, code=2)
+    assert "data.margin is small, but this loss has no margins: leave it out" in capsys.readouterr().err
+    assert not run.path.exists()
+    rows = [{**row, "margin": 1.0} for row in records("preference", size=8)]
+    options = {"data.path": world.write("own_margins.jsonl", rows), "model.objective": "plackett_luce"}
+    notes = world.ready({**REWARD, **options}).trainer.datamodule.report.notes
+    assert "margin by strength" not in notes
+    assert notes["pairs with a margin of their own"] == "8, which this loss has no use for"
+
+
+def test_a_soft_tie_is_pulled_together_whatever_its_margin(world: Any) -> None:
+    rows = [{**row, "tie": True, "margin": 3.0} for row in records("preference", size=8)]
+    file = {"data.path": world.write("margin_ties.jsonl", rows), "data.ties": "soft", "data.val_fraction": 0.0}
+    module = world.ready({**REWARD, **file, "data.val_path": None})
+    batch = module.trainer.datamodule.datasets["train"].collate(range(8), 8.0)
+    scores = torch.zeros(len(batch["input_ids"]), requires_grad=True)
+    (slope,) = torch.autograd.grad(module.loss_of_scores(scores, batch)[0], scores)
+    assert not slope.any(), "equal scores are where a tie wants them"
+
+
+def test_accuracy_of_an_evaluation_is_weighted_as_in_training(world: Any) -> None:
+    rows = [{**row, "weight": 20.0 if index == 0 else 0.5} for index, row in enumerate(records("preference", size=7))]
+    module = world.ready({**REWARD, "data.val_path": world.write("weighty.jsonl", rows)})
+    data = module.trainer.datamodule.datasets["val"]
+    module.validation_step(data.collate(range(len(data)), 1.0), 0)
+    sums = module._eval_sums["accuracy"]
+    plain = float(hits(differences(module._evaluated)).mean())
+    found = module.eval_metrics(module.ratios(module._eval_sums))["accuracy"]
+    assert found == pytest.approx(float(sums[0] / sums[1]))
+    assert abs(found - plain) > 0.05
+
+
+def test_extremes_of_scores_are_those_of_the_whole_step_and_evaluation(world: Any) -> None:
+    module = world.ready({**REWARD, **DOUBLE})
+    data = module.trainer.datamodule.datasets["train"]
+    parts = [data.collate(rows, 1.0) for rows in (range(3), range(3, 7), [], range(7, 17))]
+    scores = torch.cat([module.scores(batch) for batch in (parts[0], parts[1], parts[3])]).detach()
+    sums: Any = {}
+    for batch in parts:
+        add_sums(sums, module.loss(batch)[1])
+    found = module.ratios(sums)
+    assert [found["min_reward"], found["max_reward"]] == pytest.approx([float(scores.min()), float(scores.max())])
+    assert found["mean_reward"] == pytest.approx(float(scores.mean()))
+
+
+def test_a_score_that_is_no_number_is_said_in_one_line(world: Any) -> None:
+    module = world.ready(REWARD)
+    data = module.trainer.datamodule.datasets["val"]
+    module.model.head.weight.data.fill_(math.nan)
+    module.validation_step(data.collate(range(len(data)), 1.0), 0)
+    with pytest.raises(
+        UserError, match="5 of 5 held-out pairs have a score that is not finite: the model has diverged"
+    ):
+        module.eval_metrics({})
 
 
 @pytest.mark.parametrize("name", ["rao_kupper", "davidson"])
@@ -202,6 +259,26 @@ def test_rm_7_a_tie_model_learns_how_often_answers_tie(world: Any, name: str) ->
     assert any(key.endswith("free_tie_parameter") for key in run.checkpoint()["state_dict"])
     # the network's parameters are those of any reward model
     assert scored(LearnedReward(str(run.path)), texts(records("preference", size=3))).isfinite().all()
+
+
+def test_rm_7_a_tie_model_goes_on_from_the_one_stored_and_leaves_with_its_ties(world: Any) -> None:
+    pairs = world.write("some_ties.jsonl", records("preference", size=60, ties=0.8))
+    ties = {**REWARD, "data.path": pairs, "data.ties": "davidson"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Converting a tensor with requires_grad=True")
+        first = world.fit({**ties, "trainer.max_epochs": 2})
+
+    def stored(run: Any) -> Any:
+        config = AutoModelForSequenceClassification.from_pretrained(run.path / "model").config
+        return getattr(config, "tie_model", None)
+
+    module = world.ready({**ties, "model.model": str(first.path)})
+    assert float(module.free_tie_parameter) == pytest.approx(stored(first)["parameter"])
+    assert stored(first)["parameter"] > TIE_MODELS["davidson"].start + 0.05
+    other = world.ready({**ties, "model.model": str(first.path), "data.ties": "rao_kupper"})
+    assert float(TIE_MODELS["rao_kupper"].from_free(other.free_tie_parameter)) == pytest.approx(0.1)
+    again = world.fit({**ties, "model.model": str(first.path), "data.ties": "drop", "trainer.max_steps": 1})
+    assert stored(again) is None
 
 
 def test_the_parameter_of_ties_does_not_decay(world: Any) -> None:

@@ -32,6 +32,14 @@ def test_a_function_gets_what_it_asks_for_and_nothing_else(ask: Ask) -> None:
     assert received(reward, ask).tolist() == [4.0, 5.0]
 
 
+def test_a_column_called_finished_does_not_stand_in_for_what_the_sampler_says(ask: Ask) -> None:
+    def reward(completions: list[str], finished: list[Any]) -> list[float]:
+        return [float(value is True) for value in finished]
+
+    records = [{"prompt": "p", "finished": "no"}, {"prompt": "q", "finished": "no"}]
+    assert ask(FunctionReward(reward, "mine"), ["a", "bb"], ["p", "q"], records).tolist() == [1.0, 1.0]
+
+
 def test_keyword_functions_get_everything_once(ask: Ask) -> None:
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         assert prompts == ["p", "q"]
