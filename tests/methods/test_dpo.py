@@ -317,7 +317,7 @@ def test_kto_learns_the_same_from_batches_of_one(world: Any) -> None:
 
 
 def test_kto_weighs_answers_as_their_records_say(world: Any) -> None:
-    weights = [2.0, 2.0, 0.5, 0.5, 0.5, 0.5]
+    weights = [2.0, 3.0, 0.5, 0.5, 0.5, 0.5]
     rows = [{**row, "weight": weight} for row, weight in zip(records("unpaired", size=6), weights, strict=True)]
     options = {"data.path": world.write("weighted.jsonl", rows), "data.val_fraction": 0.0, "data.val_path": None}
     module = world.ready({**DPO, **KTO, **options})
