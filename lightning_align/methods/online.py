@@ -10,16 +10,18 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_align.errors import check_options
+from lightning_align.errors import UserError, check_options
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import add_sums
 from lightning_align.methods.evaluation import SAMPLE_ROWS, Evaluation, evaluation_seeds, with_standard_errors
 from lightning_align.methods.sampling import RUN_STRIDE, SamplingModule
+from lightning_align.rewards.base import Reward, Scores
 from lightning_align.rollout.types import Experience, Rollout, SamplingParams, by_length
 from lightning_align.run.logging import log_samples
 
 ITERATION_STRIDE = 1_000_003  # sampling seeds of iterations are this far apart, a prime
 GUARD_WINDOW = 3  # iterations whose mean KL the hard limit looks at
+UNSCORED_BATCHES = 3  # in a row, before a reward is taken to be broken
 Objective = Callable[[], tuple[Tensor, Metrics]]
 
 
@@ -69,6 +71,7 @@ class OnlineModule(SamplingModule):
         self.eval_every = eval_every
         self.stop_at_kl = stop_at_kl
         self.recent_kl: list[float] = []
+        self.unscored: list[int] = []  # completions of the latest batches, as long as none of them got a score
         self.label: str | None = None
         self.evaluation = Evaluation()
 
@@ -162,6 +165,35 @@ class OnlineModule(SamplingModule):
         first = self.seed() + ITERATION_STRIDE * self.iteration + place * rows
         self.draws += 1
         return self.draw(batch, self.sampling, range(first, first + rows))
+
+    def scores(self, reward: Reward, rollout: Rollout, *, held_out: bool = False) -> Scores:
+        """Scores of completions; raises :class:`UserError` where three batches in a row to learn from have none."""
+        scores = super().scores(reward, rollout, held_out=held_out)
+        if not held_out:
+            self._check_scored(reward, scores)
+        return scores
+
+    def _check_scored(self, reward: Reward, scores: Scores) -> None:
+        """Say that a batch has no score on any rank; a reward that goes on like that teaches nothing."""
+        counts = torch.tensor([len(scores.total), int((~scores.total.isnan()).sum())], device=self.device)
+        total, scored = self.all_reduce(counts).tolist()
+        self.unscored = [] if scored else [*self.unscored, int(total)]
+        if not self.unscored:
+            return
+        parts = [part for part in reward.parts if part.weight]
+        silent = [part for part in parts if scores.parts[part.name].isnan().all()] or parts
+        names = ", ".join(part.source for part in silent)
+        check = "check that it returns numbers for these prompts, and that they have the columns that it reads"
+        if len(self.unscored) == UNSCORED_BATCHES:
+            raise UserError(
+                f"reward {names} gave none of {sum(self.unscored):,} completions a score, in {UNSCORED_BATCHES} "
+                f"batches in a row: there is nothing to learn from; {check}"
+            )
+        if len(self.unscored) == 1:
+            self.say(
+                f"iteration {self.iteration + 1}: reward {names} gave none of {total:,} completions a score, "
+                f"and nothing is learnt from them; {check}"
+            )
 
     # ------------------------------------------------------------------ learning
     def learn(self, experience: Experience) -> dict[str, float]:

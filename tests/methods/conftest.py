@@ -48,6 +48,10 @@ def long_prompts_only(prompts, completions, **columns):
 def nothing(completions, **columns):
     return [None] * len(completions)
 
+def every_third(completions, calls=[], **columns):
+    calls.append(1)
+    return [float(len(text)) if len(calls) % 3 == 0 else None for text in completions]
+
 def first_letter(completions, **columns):
     return [float(text.strip() == "a") for text in completions]
 

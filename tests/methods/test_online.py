@@ -46,7 +46,9 @@ def test_a_prompt_without_a_score_teaches_nothing_and_counts_nowhere(
 
 
 def test_without_any_score_nothing_moves(world: Any, ppo_options: dict[str, Any]) -> None:
-    run = world.fit({**ppo_options, "model.reward": "@rewards.py:nothing", "model.weight_decay": 0.1})
+    run = world.fit(
+        {**ppo_options, "model.reward": "@rewards.py:nothing", "model.weight_decay": 0.1, "model.iterations": 2}
+    )
     before = load_file(world.root / "sft" / "model" / "model.safetensors")
     for name, values in run.weights.items():
         # weight decay alone
@@ -54,6 +56,31 @@ def test_without_any_score_nothing_moves(world: Any, ppo_options: dict[str, Any]
     assert "lab/proxy" not in run.rows[0]
     assert "objective/scores" not in run.rows[0]
     assert run.rows[0]["empty_batches"] == 1
+
+
+@pytest.mark.parametrize("method", ["PPOModule", "GRPOModule"])
+def test_a_reward_that_scores_nothing_is_said_and_stops_the_run(
+    world: Any, ppo_options: dict[str, Any], capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    parts = {"a": "@rewards.py:nothing", "b": {"source": "@rewards.py:length", "weight": 0.0}}
+    options = {**ppo_options, "model": method, "model.reward": parts, "data.batch_size": 4, "model.iterations": 5}
+    samples = {"PPOModule": 1, "GRPOModule": 2}[method]
+    run = world.fit({**options, "model.samples_per_prompt": samples}, code=2)
+    said = capsys.readouterr().err
+    source = f"{world.root}/rewards.py:nothing"
+    assert said.count(f"reward {source} gave none of {4 * samples} completions a score, and nothing is learnt") == 1
+    stop = (
+        f"reward {source} gave none of {12 * samples} completions a score, in 3 batches in a row: there is nothing to"
+    )
+    assert said.count(stop) == 1
+    assert [row["step"] for row in run.rows] == [1, 2]
+
+
+def test_a_reward_that_scores_now_and_then_stops_nothing(
+    world: Any, ppo_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.fit({**ppo_options, "model.iterations": 6, "model.reward": "@rewards.py:every_third"})
+    assert capsys.readouterr().err.count("gave none of 8 completions a score") == 2
 
 
 def test_conversational_prompts(world: Any, ppo_options: dict[str, Any]) -> None:
