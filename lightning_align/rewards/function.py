@@ -21,6 +21,8 @@ from lightning_align.rewards.base import Prompt
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
+SEVERAL = 4  # completions that must all fail before a function is taken to be broken
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ class FunctionReward:
         finished: Sequence[bool],
         records: Sequence[Mapping[str, Any]],
     ) -> Tensor:
-        """One score per completion ``[B]``; raises :class:`UserError` if the function fails on every one of them."""
+        """One score per completion ``[B]``; raises :class:`UserError` if it fails on every one of several."""
         columns = self._arguments(prompts, completions, finished, records)
         total = len(completions)
         try:
@@ -78,8 +80,7 @@ class FunctionReward:
             except Exception as error:
                 values.append(math.nan)
                 failed, cause = failed + 1, error
-        # one bad sequence in a batch of one says little; a function that never worked is broken
-        if failed == total and (total > 1 or self.num_scored == 0):
+        if failed == total >= SEVERAL:  # a few bad sequences say little
             raise UserError(
                 f"reward {self.name} failed on all {total} completions of a batch: {_said(cause)}"
             ) from cause
@@ -99,7 +100,10 @@ class FunctionReward:
 
     def _call(self, columns: Mapping[str, Sequence[Any]], total: int) -> list[float]:
         """Call the function and check what it returned."""
-        result = self.function(**{name: list(column) for name, column in columns.items()})
+        try:
+            result = self.function(**{name: list(column) for name, column in columns.items()})
+        except SystemExit as error:  # it would end the run as if it were done
+            raise UserError(f"reward {self.name} tried to end the program: {_said(error)}") from error
         if isinstance(result, Tensor | np.ndarray):
             result = result.tolist()
         if not isinstance(result, Sequence) or isinstance(result, str):
@@ -145,7 +149,7 @@ class FunctionReward:
         return {name: values for name, values in available.items() if name in wanted}
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """An error of somebody else's code, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
@@ -183,7 +187,7 @@ def _module_by_name(name: str, spec: str) -> Any:
         raise UserError(
             f"reward {spec} cannot be imported: {error}; it is neither an importable function nor a path that exists"
         ) from error
-    except Exception as error:  # a user's module may raise anything while it is imported
+    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
         raise UserError(f"reward {spec}: importing {name} failed: {_said(error)}") from error
 
 
@@ -196,6 +200,6 @@ def _module_from_file(path: Path, spec: str) -> Any:
     module = importlib.util.module_from_spec(found)
     try:
         found.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything while it runs
+    except (Exception, SystemExit) as error:  # a user's file may raise anything while it runs
         raise UserError(f"reward {spec}: running {path} failed: {_said(error)}") from error
     return module

@@ -96,14 +96,7 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         "reward mine asks for 'solution', which the records lack; there is: answer, completions, finished, level, "
         "prompt, prompts",
     ),
-    "raises two lines": (
-        lambda completions: (_ for _ in ()).throw(RuntimeError("first\nsecond")),
-        "reward mine failed on all 2 completions of a batch: RuntimeError: first second",
-    ),
-    "always raises": (
-        lambda completions: [1 / 0 for _ in completions],
-        "reward mine failed on all 2 completions of a batch: ZeroDivisionError: division by zero",
-    ),
+    "leaves": (lambda completions: sys.exit(0), "reward mine tried to end the program: SystemExit: 0"),
 }
 
 
@@ -146,17 +139,25 @@ def test_comp_5_failures_are_said_once_and_counted(ask: Ask, caplog: pytest.LogC
     assert "reward mine failed on 1 completions (KeyError: 'bad')" in message
 
 
-def test_a_bad_batch_of_one_is_no_reason_to_stop_once_it_has_worked(ask: Ask) -> None:
+def test_a_function_that_fails_on_all_of_several_is_broken_and_one_that_fails_on_few_is_not(
+    ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
     def reward(completions: list[str]) -> list[float]:
-        return [1 / len(text) for text in completions]
+        if "" in completions:
+            raise RuntimeError("first\nsecond")
+        return [1.0 for _ in completions]
 
     scorer = FunctionReward(reward, "mine")
-    with pytest.raises(UserError, match="failed on all 1 completions"):
-        ask(scorer, [""])
-    ask(scorer, ["a"])
-    assert ask(scorer, [""]).isnan().all()
-    with pytest.raises(UserError, match="failed on all 2 completions"):
-        ask(scorer, ["", ""])
+    with caplog.at_level(logging.WARNING):
+        assert ask(scorer, [""]).isnan().all()
+    (message,) = caplog.messages
+    assert "reward mine failed on 1 completions (RuntimeError: first second)" in message
+    assert ask(scorer, [""] * 3).isnan().all()
+    assert (scorer.num_failed, scorer.num_scored) == (4, 0)
+    with pytest.raises(UserError) as caught:
+        ask(scorer, [""] * 4)
+    assert str(caught.value) == "reward mine failed on all 4 completions of a batch: RuntimeError: first second"
+    assert ask(scorer, ["", "a", "", ""]).isnan().tolist() == [True, False, True, True]
 
 
 def test_functions_are_loaded_from_files(tmp_path: Path, ask: Ask) -> None:
@@ -188,6 +189,7 @@ LOADING = {
         "{folder}/good.py:f",
         "reward {folder}/good.py:f: {folder}/good.py has no 'f'; its functions are: g",
     ),
+    "leaves": ("{folder}/leaves.py:f", "reward {folder}/leaves.py:f: running {folder}/leaves.py failed: SystemExit: 0"),
     "bad module": ("bad_reward_module.f", "reward bad_reward_module.f: importing bad_reward_module failed: NameError"),
 }
 
@@ -195,6 +197,7 @@ LOADING = {
 @pytest.mark.parametrize("case", LOADING)
 def test_loading_errors_are_one_line(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.py").write_text("x + 1\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "bad_reward_module.py").write_text("x + 1\n")
     (tmp_path / "good.py").write_text("def g(completions): ...\ndef _hidden(): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
