@@ -29,7 +29,7 @@ class Pairs:
         ref_chosen_logp: Log-prob of the better answer under the reference; None without one.
         ref_rejected_logp: Of the worse one.
         margin: By how much the better one is better, in units of β times log-odds; None stands for 0.
-        score_gap: Difference of their scores where they have any, else 0; None stands for 0.
+        score_gap: Difference of their scores where they have any and do not tie, else 0; None stands for 0.
     """
 
     chosen_logp: Tensor
@@ -78,6 +78,7 @@ class Pairs:
             self.ref_rejected_logp,
             self.ref_chosen_logp,
             None if self.margin is None else -self.margin,
+            None if self.score_gap is None else -self.score_gap,
         )
 
 

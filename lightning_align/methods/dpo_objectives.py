@@ -234,6 +234,7 @@ def as_pairs(stats: AnswerStats, ref_logp: Tensor | None, batch: Batch) -> Pairs
     """The answers of a batch as pairs of them."""
     chosen, rejected = batch["pair_chosen"], batch["pair_rejected"]
     gap = batch["score"][chosen] - batch["score"][rejected]
+    gap = gap.where(batch["pair_label"] != 0.5, 0.0)  # whatever its scores say, a tie has no better side
     return Pairs(
         stats.logp[chosen],
         stats.logp[rejected],

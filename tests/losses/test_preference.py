@@ -126,6 +126,10 @@ def test_dpo_3_swapped_sides_turn_delta_round() -> None:
     close(swapped.margin, -pairs.margin)  # type: ignore[arg-type, operator]
     # the margin belongs to the pair: swapping the label moves no probability
     close(LOSSES["odpo"](swapped), -logsigmoid(pairs.margin - BETA * pairs.delta))  # type: ignore[operator]
+    gap = torch.linspace(-2, 2, 7, dtype=DTYPE)
+    scored = pairs_of(score_gap=gap)
+    close(scored.swapped().score_gap, -gap)  # type: ignore[arg-type]
+    close(LOSSES["odpo"](scored.swapped().swapped()), LOSSES["odpo"](scored))
 
 
 @pytest.mark.parametrize("flips", [0.05, 0.3, 0.45])

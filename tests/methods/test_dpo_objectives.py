@@ -131,6 +131,17 @@ def test_odpo_takes_the_difference_of_scores_before_the_margin(objective: Callab
     torch.testing.assert_close(loss, (WEIGHT * values).sum())
 
 
+def test_odpo_of_a_tie_is_the_same_whichever_side_is_called_better(objective: Callable[..., Any]) -> None:
+    """Also where the scores of the two differ, on either side."""
+    score = torch.tensor([3.0, 1, torch.nan, 2, 1, 3, 2, 2], dtype=DTYPE)
+    ties = {**PAIRS, "score": score, "pair_label": torch.full_like(LABEL, 0.5), "pair_margin": torch.zeros_like(LABEL)}
+    turned = {**ties, "pair_chosen": ties["pair_rejected"], "pair_rejected": ties["pair_chosen"]}
+    of = objective(loss_type="odpo", beta=0.2)
+    torch.testing.assert_close(of.loss(POLICY, ties)[0], of.loss(POLICY, turned)[0])
+    ahead = 0.2 * as_pairs(*POLICY.answers(ties), ties).delta
+    torch.testing.assert_close(of.loss(POLICY, ties)[0], -(WEIGHT * (logsigmoid(ahead) + logsigmoid(-ahead)) / 2).sum())
+
+
 @pytest.mark.parametrize(
     ("losses", "beta", "per_token", "reference_free"),
     [
