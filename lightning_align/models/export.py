@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,15 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Ids that plain transformers needs: padding for batches of a classifier, EOS to stop generation."""
-    if model.config.pad_token_id is None:
+    if not model.can_generate() and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # transformers reads the score at the last token that is not padding: with EOS for padding, one too early
+        model.config.pad_token_id = None
+        warnings.warn(
+            "the reward model's tokenizer pads with EOS, so config.json names no pad token: plain transformers then "
+            "scores one text at a time, where it would read batches at a wrong token; docs/reward.md has a way",
+            stacklevel=2,
+        )
+    elif model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if not model.can_generate() or model.generation_config is None:
         return

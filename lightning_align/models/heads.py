@@ -39,7 +39,7 @@ class RewardModel(nn.Module):
     deviation of the scores on a reference set are kept in the configuration (``reward_mean``, ``reward_std``), and so
     are those of a regression's targets (``target_mean``, ``target_std``) and which of them are applied
     (``reward_normalize``). Raw scores are those of ``AutoModelForSequenceClassification``, which loads what
-    ``network.save_pretrained`` writes.
+    ``network.save_pretrained`` writes, as long as no text ends with the padding id of its configuration.
 
     Args:
         network: A sequence classifier of transformers with one label and a head named ``score``.
