@@ -26,6 +26,7 @@ from lightning_align.methods.reward import RewardModule
 from lightning_align.run.checkpoints import RunCheckpoints, check_checkpoint
 from lightning_align.run.directory import CONFIG_FILE, RunDirectory, check_parents, find_parents, read_status
 from lightning_align.run.logging import FileLogger, WandbMirror, wandb_mode
+from lightning_align.run.model_folders import check_models, find_models
 from lightning_align.run.resume import RandomState, use_boundary_loop
 from lightning_align.run.signals import StopRequest
 
@@ -101,9 +102,13 @@ def train(cli: AlignCLI, stop: StopRequest, run: RunDirectory, resume: bool) -> 
     config = cli.config
     if resume:
         check_unchanged(cli, run.path / CONFIG_FILE)
-        check_parents(run.path, find_parents(config.as_dict()))
+    parents, models = find_parents(config.as_dict()), find_models(config.as_dict())
+    if resume:
+        check_parents(run.path, parents)
+        check_models(run.path, models)
     checkpoint = starting_point(run, config.ckpt_path, resume)
-    trainer = fit_trainer(cli, run, stop)
+    facts = {"seed": config.seed_everything, "parents": parents, "models": models}
+    trainer = fit_trainer(cli, run, stop, facts)
     run_trainer("fit", trainer, cli, checkpoint)
     (saved,) = (callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoints))  # type: ignore[attr-defined]
     if saved.step == saved.resumed_from:
@@ -174,8 +179,8 @@ def _flat(config: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
         yield f"{section}.{name}", option
 
 
-def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
-    """The trainer of a run: our loggers, callbacks and loop."""
+def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest, facts: Mapping[str, Any]) -> Trainer:
+    """The trainer of a run: our loggers, callbacks and loop. ``facts`` are what ``run.json`` begins with."""
     config, module = cli.config, cli.model
     online = isinstance(module, OnlineModule)
     check_trainer_options(config.trainer, online=online)
@@ -187,7 +192,7 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest) -> Trainer:
         run,
         files,
         config=cli.config_text(),
-        facts={"seed": config.seed_everything, "parents": find_parents(config.as_dict())},
+        facts=facts,
         every=config.run.checkpoint_every,
         label=module.checkpoint_label,
         stop=stop,

@@ -65,16 +65,24 @@ def read_log_probs(path: Path, origin: Mapping[str, str]) -> LogProbs | None:
     """
     if not path.is_file():
         return None
-    remedy = "delete the file, or give another model.reference_cache"
+    anew = (
+        "to begin anew, give another --run.name or --overwrite, and another model.reference_cache where that option "
+        "names this file"
+    )
     try:
         with safe_open(path, framework="numpy") as file:
             known = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or holds no reference log-probs: {remedy}") from error
+        raise UserError(
+            f"{path} is damaged or holds no reference log-probs: restore it to resume its run; {anew}"
+        ) from error
     for name, value in origin.items():
         if (known or {}).get(name) != value:
-            raise UserError(f"{path} holds reference log-probs of another {name} than this run's: {remedy}")
+            raise UserError(
+                f"{path} holds reference log-probs of another {name} than this run's: restore what they were computed "
+                f"from to resume its run; {anew}"
+            )
     return arrays
 
 

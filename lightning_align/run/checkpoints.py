@@ -35,7 +35,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         run: The run directory.
         files: The run's metrics and samples, which are cut back to the checkpoint on resuming.
         config: Text of ``config.yaml``.
-        facts: Seed and parents for ``run.json``.
+        facts: Seed, parents and models for ``run.json``.
         every: Steps between two writes of ``last.ckpt``: optimiser steps offline, iterations online.
         label: Asked at every boundary for the name of a checkpoint to keep, or None.
         stop: Signals received so far.

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -85,8 +85,17 @@ class RunDirectory:
         if self.overwrite and occupied and not (self.path / STATUS_FILE).is_file():
             raise UserError(f"will not overwrite {self.path}: it is not a run directory (it has no {STATUS_FILE})")
 
-    def open(self, config: str, *, seed: int, parents: list[dict[str, Any]]) -> None:
-        """Create the directory (or reopen it), write ``config.yaml`` and mark the run as running."""
+    def open(
+        self, config: str, *, seed: int, parents: list[dict[str, Any]], models: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Create the directory (or reopen it), write ``config.yaml`` and mark the run as running.
+
+        Args:
+            config: Text of ``config.yaml``.
+            seed: Of the run.
+            parents: The runs it reads from, as :func:`find_parents` gives them.
+            models: The model folders it reads, with what they hold.
+        """
         self._made = [parent for parent in self.path.parents if not parent.exists()]
         before = read_status(self.path) if self.resume else {}
         self._earlier_seconds = float(before.get("durations", {}).get("total_seconds", 0.0))
@@ -96,6 +105,7 @@ class RunDirectory:
             "updated": _now(),
             "seed": seed,
             "parents": parents,
+            "models": list(models),
             "resumed": int(before.get("resumed", -1)) + 1 if self.resume else 0,
             "git_commit": git_commit(),
             "versions": versions(),
@@ -250,7 +260,7 @@ def is_run(path: Path) -> bool:
 def find_parents(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that a configuration reads from: every value that is a run directory or lies in one."""
     parents: dict[str, dict[str, Any]] = {}
-    for key, value in _leaves(config):
+    for key, value in string_options(config):
         candidate = Path(value)
         if not value or len(value) > 4096 or "\n" in value or not candidate.exists():
             continue
@@ -283,14 +293,14 @@ def check_parents(run: Path, parents: list[dict[str, Any]]) -> None:
             )
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def string_options(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted name and value of every string in nested mappings and lists."""
     if isinstance(node, Mapping):
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from string_options(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(node, list | tuple):
         for index, value in enumerate(node):
-            yield from _leaves(value, f"{prefix}[{index}]")
+            yield from string_options(value, f"{prefix}[{index}]")
     elif isinstance(node, str):
         yield prefix, node
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lightning_align.playground import records
 
@@ -68,7 +70,7 @@ class Place:
         )
         (root / "model.yaml").write_text(MODEL)
         (root / "reward.py").write_text(REWARD)
-        for kind in ("sft", "prompt", "text"):
+        for kind in ("sft", "prompt", "text", "preference"):
             for name, made in ((kind, records(kind, size=18)), (f"{kind}_val", records(kind, split="val", size=4))):
                 (root / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
         always = {
@@ -88,6 +90,11 @@ class Place:
             **{"model.kl_control": "adaptive", "model.score_scaling": "running", "model.ptx_coef": 0.5},
             **{"model.ptx_path": f"{root}/text.jsonl", "model.ptx_batch_size": 2, "data": "PromptDataModule"},
             **{"data.path": f"{root}/prompt.jsonl", "data.val_path": f"{root}/prompt_val.jsonl", "data.batch_size": 4},
+        }
+        self.preference = {
+            **{**always, "model.model": f"{root}/start", "model.learning_rate": 1e-3, "trainer.max_epochs": 3},
+            **{"data": "PreferenceDataModule", "data.path": f"{root}/preference.jsonl"},
+            **{"data.val_path": f"{root}/preference_val.jsonl", "data.batch_size": 2},
         }
         start = {**self.sft, "model.model": f"{root}/model.yaml", "trainer.max_epochs": 2, "run.checkpoint_every": 100}
         assert self.run(start, "start")["code"] == 0
@@ -247,6 +254,64 @@ def test_a_second_signal_does_not_wait_for_the_step(place: Place) -> None:
     assert place.run(options, "twice", "--resume")["code"] == 0
     assert place.run(options, "twice_whole")["code"] == 0
     place.compare("twice_whole", "twice")
+
+
+def perturb(folder: Path) -> None:
+    """Other weights of the same names, shapes and file sizes."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = min(name for name, values in weights.items() if values.ndim == 2)
+    weights[name][-1, -1] += 1.0
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def refused_until_restored(place: Place, options: dict[str, Any], name: str, option: str, folder: Path) -> None:
+    """A stopped run goes on only with the model that it began with; then as if nothing had been."""
+    last = place.root / name / "checkpoints" / "last.ckpt"
+    assert place.run(options, f"{name}_whole")["code"] == 0, place.log(f"{name}_whole")
+    assert place.run(options, name, signals=[signal.SIGTERM], when=str(last))["code"] == 130, place.log(name)
+    weights = folder / "model.safetensors"
+    original = weights.read_bytes()
+    perturb(folder)
+    before = (place.root / name / "run.json").read_bytes()
+    assert place.run(options, name, "--resume")["code"] == 2
+    (error,) = (line for line in place.log(name).splitlines() if line.startswith("error: "))
+    assert error.startswith(f"error: {option} reads the model folder {folder}, which has changed since ")
+    assert "(model.safetensors): restore it to resume, or start another run with another --run.name" in error
+    assert (place.root / name / "run.json").read_bytes() == before
+    weights.write_bytes(original)
+    assert place.run(options, name, "--resume")["code"] == 0, place.log(name)
+    place.compare(f"{name}_whole", name)
+
+
+@pytest.mark.parametrize("reference", ["model", "cached"])
+def test_another_reference_is_no_way_to_go_on(place: Place, reference: str) -> None:
+    folder = place.root / f"{reference}_folder"
+    shutil.copytree(place.root / "start" / "model", folder)
+    options = {"model": "DPOModule", **place.preference, "model.model": str(folder), "model.reference": reference}
+    refused_until_restored(place, options, f"dpo_{reference}", "model.model", folder)
+
+
+def test_another_reward_model_is_no_way_to_go_on(place: Place) -> None:
+    options = {"model": "RewardModule", **place.preference, "trainer.max_epochs": 1}
+    assert place.run(options, "reward")["code"] == 0, place.log("reward")
+    folder = place.root / "reward_folder"
+    shutil.copytree(place.root / "reward" / "model", folder)
+    reward = {"good": {"source": str(folder), "weight": 0.5}, "long": f"{place.root}/reward.py:words"}
+    options = {**place.ppo, "model.reward": reward}
+    refused_until_restored(place, options, "ppo_reward", "model.reward.good.source", folder)
+
+
+def test_a_run_that_did_not_record_its_models_goes_on(place: Place) -> None:
+    options = {**place.sft, "trainer.max_epochs": 1, "run.checkpoint_every": 1}
+    assert place.run(options, "old")["code"] == 0
+    path = place.root / "old" / "run.json"
+    status = json.loads(path.read_text())
+    (model,) = status.pop("models")
+    assert (model["option"], model["folder"]) == ("model.model", f"{place.root}/start/model")
+    path.write_text(json.dumps(status))
+    assert place.run({**options, "trainer.max_epochs": 2}, "old", "--resume")["code"] == 0, place.log("old")
+    assert json.loads(path.read_text())["models"] == [model]
 
 
 def test_a_stage_without_its_pipeline_stops_and_the_next_pipeline_continues_it(place: Place) -> None:
