@@ -178,4 +178,5 @@ def test_reward_model_loads_as_a_sequence_classifier(scratch: Any, folder: Calla
     model, report = AutoModelForSequenceClassification.from_pretrained(exported, output_loading_info=True)
     assert all(not keys for keys in report.values()), report
     assert model.config.num_labels == 1
-    assert model.config.pad_token_id is not None  # or batches could not be scored
+    # or batches could not be scored; padding with EOS, they would be scored at a wrong token
+    assert (model.config.pad_token_id is None) == (PADLESS in FOLDERS[name][2])
