@@ -13,12 +13,13 @@ from torch import Tensor
 # label, and the metrics it may come from, best first; KL, proxy and gold are of the same samples, those of this step
 SHOWN = (
     ("loss", ("loss", "loss/policy_avg")),
-    ("acc", ("accuracy",)),
+    ("acc", ("accuracy", "rewards/accuracies")),
+    ("margin", ("rewards/margins",)),
     ("KL", ("lab/kl", "objective/kl", "eval/lab/kl")),
     ("proxy", ("lab/proxy", "objective/scores", "eval/lab/proxy")),
     ("gold", ("lab/gold", "eval/lab/gold")),
     ("eval loss", ("eval/loss",)),
-    ("eval acc", ("eval/accuracy",)),
+    ("eval acc", ("eval/accuracy", "eval/rewards/accuracies")),
 )
 PLAIN_SECONDS = 15.0  # without a terminal: one line this often
 
@@ -40,7 +41,7 @@ class RunProgress(ProgressBar):
         self._task: Any = None
         self._enabled = True
         self._last_line = 0.0
-        self._said = -1  # what the last line was about
+        self._said = ""  # the last line
 
     def disable(self) -> None:
         """Show nothing (other processes than the first)."""
@@ -82,9 +83,11 @@ class RunProgress(ProgressBar):
             self._line(trainer, done)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last state stays visible."""
+        """The last state stays visible, with what an evaluation after the last step measured."""
         if self._enabled and self._progress is None:
             self._line(trainer, self.done(trainer))
+        elif self._progress is not None:
+            self._progress.update(self._task, completed=self.done(trainer), metrics=describe(trainer.callback_metrics))
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -97,11 +100,11 @@ class RunProgress(ProgressBar):
 
     def _line(self, trainer: Trainer, done: int) -> None:
         self._last_line = time.monotonic()
-        if done == self._said:
-            return
-        self._said = done
         total = f"/{self.total}" if self.total else ""
-        print(f"{self.unit} {done}{total}  {describe(trainer.callback_metrics)}", file=sys.stderr, flush=True)
+        line = f"{self.unit} {done}{total}  {describe(trainer.callback_metrics)}"
+        if line != self._said:
+            print(line, file=sys.stderr, flush=True)
+            self._said = line
 
     def _close(self) -> None:
         if self._progress is not None:

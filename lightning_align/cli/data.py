@@ -46,7 +46,8 @@ def inspect(argv: Sequence[str]) -> None:
     if options.model is None and (options.max_length is not None or options.loss_on is not None):
         raise UserError("--max_length and --loss_on are about tokens: give --model too")
     columns = dict(options.columns)
-    loaded = _load(options, options.kind or _detect(options.path, options.split, columns), columns)
+    kind, doubt = (options.kind, None) if options.kind else _detect(options.path, options.split, columns)
+    loaded = _load(options, kind, columns)
     index = _index(1 if options.record is None else options.record, len(loaded.records))
     if options.model is None:
         shown = _as_json(loaded.records[index])
@@ -54,7 +55,7 @@ def inspect(argv: Sequence[str]) -> None:
         index, shown = _as_tokens(loaded, index, options)
     from lightning_align.data.describe import describe
 
-    print("\n".join(loaded.report.lines()))
+    print("\n".join([*loaded.report.lines(), *([f"  {doubt}"] if doubt else [])]))
     if loaded.report.bad:
         print(f"  bad records: {loaded.report.bad:,}; the first would stop a run without on_bad_record: skip")
     print("fields:", *describe(loaded.records), sep="\n")
@@ -74,14 +75,19 @@ def _inspect_parser() -> OptionParser:
     return parser
 
 
-def _detect(path: str, split: str, columns: dict[str, str]) -> str:
-    from lightning_align.data.readers import detect_source_kind
+def _detect(path: str, split: str, columns: dict[str, str]) -> tuple[str, str | None]:
+    """The kind by the first record's fields, and what they look like if one of them is misspelt."""
+    from lightning_align.data.misspelt import what_it_looks_like
+    from lightning_align.data.readers import detect_kind, first_fields
 
-    found = detect_source_kind(path, split=split, columns=columns)
+    if path == "playground":
+        raise UserError(f"{path}: give --kind, because it has every kind")
+    fields = first_fields(path, split=split, columns=columns)
+    found, doubt = detect_kind(fields), what_it_looks_like(fields)
     if found is None:
-        every = "it has every kind" if path == "playground" else "the fields of its first record do not tell it"
-        raise UserError(f"{path}: give --kind, because {every}")
-    return found
+        likely = f": it {doubt}" if doubt else ""
+        raise UserError(f"{path}: give --kind, because the fields of its first record do not tell it{likely}")
+    return found, doubt
 
 
 def _index(number: int, total: int) -> int:

@@ -17,6 +17,7 @@ from lightning_align.run.files import write_atomically
 STATE_FILE = "pipeline.json"
 REFERENCE = re.compile(r"\$\{([\w-]+)\.(\w+)\}")
 PIPELINE_KEYS = ("name", "root", "defaults", "stages")
+MEMBER_KEYS = ("members", "folds")  # of a stage, which make several of it
 MEMBER_STRIDE = 1000  # between the seeds of members, so that those of pipelines with neighbouring seeds differ too
 
 
@@ -88,16 +89,19 @@ def read_pipeline(options: argparse.Namespace) -> Pipeline:
     defaults = dict(flatten(content.get("defaults") or {}))
     if options.seed_everything is not None:
         defaults["seed_everything"] = options.seed_everything
-    changes = _changes(options.changes, list(content["stages"]))
+    changes = _changes(options.changes, content["stages"])
     stages: list[Stage] = []
     groups: dict[str, list[str]] = {}
     for name, spec in content["stages"].items():
+        own_changes = changes.get(str(name), {})
+        if isinstance(spec, dict):
+            spec = {**spec, **{key: own_changes.pop(key) for key in MEMBER_KEYS if key in own_changes}}
         read = Reader(path, folder, defaults, {stage.name: stage.folder for stage in stages}, groups)
         members = _members(f"{path}: stage '{name}'", str(name), spec, defaults)
         for member, own in members.items():
             if member in read.places:
                 raise UserError(f"{path}: stage '{name}' has a member '{member}', which is a stage already: rename one")
-            stages.append(read.stage(member, own, changes.get(str(name), {})))
+            stages.append(read.stage(member, own, own_changes))
         if list(members) != [str(name)]:
             groups[str(name)] = list(members)
     return Pipeline(folder, stages)
@@ -122,7 +126,7 @@ def _members(where: str, name: str, spec: Any, defaults: Mapping[str, Any]) -> d
     folds = spec.get("folds", False)
     if not isinstance(folds, bool):
         raise UserError(f"{where} has folds {folds!r}: give true, and each member leaves out another part of the data")
-    rest = {key: value for key, value in spec.items() if key not in ("members", "folds")}
+    rest = {key: value for key, value in spec.items() if key not in MEMBER_KEYS}
     members = {}
     for i in range(count):
         fold = {"data.leave_out": f"{i + 1}/{count}"} if folds else {}
@@ -206,7 +210,7 @@ class Reader:
         return str(self.places[stage])
 
 
-def _changes(words: list[str], stages: list[str]) -> dict[str, dict[str, Any]]:
+def _changes(words: list[str], stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """``--set stage.option=value`` by stage; values are read as YAML."""
     changes: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -215,6 +219,12 @@ def _changes(words: list[str], stages: list[str]) -> dict[str, dict[str, Any]]:
         if not (equals and dot and option):
             raise UserError(f"--set {word}: expected STAGE.OPTION=VALUE, for example sft.trainer.max_steps=100")
         if stage not in stages:
+            group, _, number = stage.rpartition("_")
+            if number.isdecimal() and isinstance(stages.get(group), dict) and "members" in stages[group]:
+                raise UserError(
+                    f"--set {word}: '{stage}' is a member of stage '{group}', whose members are set together: give "
+                    f"{group}.{option}={value}"
+                )
             raise UserError(f"--set {word}: there is no stage '{stage}'{nearest(stage, stages)}")
         changes.setdefault(stage, {})[option] = yaml.safe_load(value)
     return changes

@@ -34,6 +34,7 @@ SYNONYMS = {
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 # columns under which a reward function gets something else
 RESERVED = ("prompts", "completions", "finished")
+ORDER: tuple[Kind, ...] = ("preference", "ranked", "unpaired", "scored", "sft", "prompt", "text")  # the richest first
 MIXED = "text beside messages → messages"
 
 
@@ -93,8 +94,7 @@ def source_kind(kind: Kind, fields: Mapping[str, Any]) -> Kind | None:
 def detect_kind(fields: Mapping[str, Any]) -> Kind | None:
     """The kind of a record by its fields, the richest if several fit; None if none does."""
     present = [name for name, value in fields.items() if value is not None]
-    order: tuple[Kind, ...] = ("preference", "ranked", "unpaired", "scored", "sft", "prompt", "text")
-    return next((kind for kind in order if find_form(kind, present)), None)
+    return next((kind for kind in ORDER if find_form(kind, present)), None)
 
 
 def missing(kind: Kind, fields: Collection[str]) -> RecordError:
@@ -104,11 +104,15 @@ def missing(kind: Kind, fields: Collection[str]) -> RecordError:
     others = [field for field in fields if field not in best.needs]
     lacking = [name for name in best.needs if name not in fields]
     meant = {name: field for name in lacking if (field := _meant(name, others))}
-    hint = f"; did you mean columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in meant.items())}}}?"
+    hint = ", which `columns` can rename"
+    if kind in ("preference", "ranked") and find_form("unpaired", fields):
+        hint = "; this is an unpaired record, which DPOModule learns from with --model.loss_type kto"
+    elif meant:
+        hint = f"; did you mean columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in meant.items())}}}?"
     return RecordError(
         lacking[0],
         "is missing",
-        f"a record of kind {kind} needs {' and '.join(best.needs)}{hint if meant else ', which `columns` can rename'}",
+        f"a record of kind {kind} needs {' and '.join(best.needs)}{hint}",
         found=f"there is {', '.join(fields)}" if fields else "the record is empty",
     )
 

@@ -7,12 +7,13 @@ from lightning_align.data.cells import typed
 from lightning_align.data.convert import detect_kind, missing, read_record, source_kind
 from lightning_align.data.derive import Item, derivable, derive
 from lightning_align.data.files import Row
+from lightning_align.data.misspelt import check_left_sides
 from lightning_align.data.records import KINDS, Kind, Record, RecordError
 from lightning_align.data.report import Report, count
 from lightning_align.data.sources import available_splits, open_source
 from lightning_align.errors import UserError, nearest
 
-__all__ = ["Loaded", "available_splits", "detect_kind", "detect_source_kind", "load_records"]
+__all__ = ["Loaded", "available_splits", "detect_kind", "detect_source_kind", "first_fields", "load_records"]
 OnBadRecord = Literal["error", "skip"]
 
 
@@ -59,6 +60,7 @@ def load_records(
         raise UserError(f"on_bad_record is {on_bad_record!r}: it is error or skip")
     source = open_source(path, wanted, split, playground)
     report = Report(source=path, kind=wanted, files=source.files, ignored=list(source.ignored))
+    check_left_sides(columns or {}, wanted)
     rows = list(source.rows)
     _check_columns(columns or {}, rows, path)
     items = _Reader(wanted, columns or {}, on_bad_record, report).read(rows)
@@ -79,14 +81,26 @@ def detect_source_kind(
     """
     if path == "playground":
         return None
+    return detect_kind(first_fields(path, split=split, columns=columns, wanted=wanted))
+
+
+def first_fields(
+    path: str, *, split: str = "train", columns: Mapping[str, str] | None = None, wanted: Kind = "text"
+) -> Record:
+    """The fields of the first record of a source that can be read, under our names; none if there is no record.
+
+    Args:
+        path, split, columns, wanted: See :func:`detect_source_kind`.
+    """
+    check_left_sides(columns or {}, None)
     bad: Row | None = None
     for row in open_source(path, wanted, split, None).rows:
         if not isinstance(row.fields, RecordError):
-            return detect_kind(_fields(row, columns or {}))
+            return _fields(row, columns or {})
         bad = bad or row
     if bad is not None:
         raise UserError(f"{bad.place}: {bad.fields}; no other record can be read either")
-    return None
+    return {}
 
 
 def check_kind(kind: str) -> Kind:
@@ -174,4 +188,4 @@ class _Reader:
         if not self.skips:
             raise UserError(f"{place}: {error} (on_bad_record: skip drops such records)") from error
         self.report.bad += 1
-        self.report.drop(error.category, place)
+        self.report.drop(error.category, f"{place}: {error.cure}" if error.cure else place)

@@ -27,10 +27,12 @@ class RecordError(ValueError):
 
     Attributes:
         category: Field and reason, under which the fault is counted.
+        cure: What was found, and what to do; empty where nothing was found that the reason does not say.
     """
 
     def __init__(self, field: str | None, reason: str, fix: str, *, found: str = "") -> None:
         self.category = f"field {field}: {reason}" if field else reason
+        self.cure = f"{found}; {fix}" if found else ""
         super().__init__(f"{self.category}{f' ({found})' if found else ''}; {fix}")
 
 
@@ -228,6 +230,7 @@ _SCHEMAS: dict[Kind, tuple[dict[str, _Check], dict[str, _Check]]] = {
     "unpaired": ({"prompt": check_side, "completion": _answer, "label": _bool}, _JUDGED),
     "scored": ({"prompt": check_side, "completion": _answer, "score": _number}, _JUDGED),
 }
+FIELDS = tuple(dict.fromkeys(name for schema in (*_SCHEMAS.values(), _MESSAGES) for part in schema for name in part))
 
 
 # ------------------------------------------------------------------------------------------ checks between fields

@@ -22,7 +22,7 @@ class Report:
         conversions: Records by what was done to them, for example ``hh transcript → conversation``.
         bad: Records left out because something is wrong with them (``on_bad_record: skip``).
         dropped: Records left out, by reason: the bad ones, and those that rightly gave none.
-        examples: Place of the first record left out, by reason.
+        examples: Place of the first record left out, by reason, with the value at fault and the cure.
         unused: Records by column that was left out of them.
         ignored: Files of a folder that hold no records of this kind.
         notes: What later stages add, by name, in order.

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_align.data.answer_rows import packed_rows, padded_rows
 from lightning_align.data.collate import PreferenceGroups
+from lightning_align.data.datamodules import PreferenceDataModule
 from lightning_align.data.loader import EvalLoader
 from lightning_align.data.unpaired import UnpairedRows
 from lightning_align.errors import UserError, check_options
@@ -128,12 +129,12 @@ class DPOModule(AlignModule):
         self.frozen: Frozen | None = None
         self.reference_has_left = False  # for good: the policy is no longer what it was copied from
 
-    def setup(self, stage: str) -> None:
-        """Refuse data that the losses cannot use, before any weights are loaded."""
-        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        if "train" in datamodule.datasets:
+    def check_data(self, datamodule: PreferenceDataModule) -> None:
+        """Refuse data that the losses cannot use; asked once they are read, before the plan and any weights."""
+        datasets: Mapping[Any, Any] = datamodule.datasets  # of the kind that the objective asked for
+        if "train" in datasets:
             step = datamodule.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
-            warning = self.objective.check(datamodule.datasets["train"], step)
+            warning = self.objective.check(datasets["train"], step)
             if warning is not None:
                 warnings.warn(warning, stacklevel=2)
 

@@ -58,8 +58,37 @@ def test_inspect_as_another_kind_with_other_columns(tmp_path: Path, capsys: pyte
     assert "1 of kind sft kept" in capsys.readouterr().out
     assert run(["data", "inspect", str(tmp_path / "a.jsonl")]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'a.jsonl'}: give --kind, because the fields of its first record do not tell it\n"
+        f"error: {tmp_path / 'a.jsonl'}: give --kind, because the fields of its first record do not tell it: it looks "
+        "like sft, but `prompt` and `completion` are missing; are they `question` and `answer`? (--columns "
+        "prompt=question completion=answer)\n"
     )
+
+
+def test_inspect_doubts_a_kind_that_a_misspelt_field_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "q", "chosen": "a", "rejcted": "b"}\n')
+    doubt = "  looks like preference, but `rejected` is missing; is `rejcted` it? (--columns rejected=rejcted)"
+    assert run(["data", "inspect", str(file)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("1 of kind prompt kept")
+    assert doubt in out
+    for further in (["--kind", "prompt"], ["--columns", "rejected=rejcted"]):
+        assert run(["data", "inspect", str(file), *further]) == 0
+        assert doubt not in capsys.readouterr().out
+    assert run(["data", "inspect", str(file), "--columns", "rejectd=rejcted"]) == 2
+    assert capsys.readouterr().err.endswith("which is no field; did you mean 'rejected'?\n")
+
+
+def test_inspect_says_value_and_cure_of_bad_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.jsonl"
+    bad = '{"prompt": "q", "completion": "a", "label": "good"}\n'
+    reason = "field label: is neither true nor false (first: a.jsonl line 1: 'good', a text; write true or false)"
+    file.write_text(bad + bad)
+    assert run(["data", "inspect", str(file)]) == 2
+    assert capsys.readouterr().err.endswith(f"nothing is left of 2 records; dropped 2: {reason}\n")
+    file.write_text(bad + bad.replace('"good"', "true"))
+    assert run(["data", "inspect", str(file)]) == 0
+    assert f"  dropped: 1 {reason}" in capsys.readouterr().out
 
 
 def test_inspect_the_playground(capsys: pytest.CaptureFixture[str]) -> None:

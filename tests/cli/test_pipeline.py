@@ -280,6 +280,25 @@ def test_mistakes_with_members(recorder: Recorder, before: str, after: str, mess
     assert recorder.commands == []
 
 
+def test_the_number_of_members_can_be_set(recorder: Recorder) -> None:
+    Path("p.yaml").write_text(MEMBERS)
+    changes = ["--set", "reward.members=2", "--set", "reward.folds=true", "--set", "reward.trainer.max_steps=7"]
+    assert pipeline.main([*ARGS, *changes]) == 0
+    assert "--data.leave_out=2/2" in recorder.commands[2]
+    assert not any(word.startswith("--members") for words in recorder.commands for word in words)
+    assert recorder.stages() == ["sft", "reward_1", "reward_2", "ppo", "picture"]
+    for change, message in {
+        "reward.members=1": "stage 'reward' has members 1: give a number of runs, at least 2",
+        "picture.members=2": "stage 'picture' has members, which are for stages with a 'config'",
+        "reward_1.trainer.max_steps=7": "'reward_1' is a member of stage 'reward', whose members are set together: "
+        "give reward.trainer.max_steps=7",
+        "sft_1.trainer.max_steps=7": "there is no stage 'sft_1'; did you mean 'sft'?",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            pipeline.main([*ARGS, "--set", change])
+        assert message in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["ensemble", "llama2"])
 def test_the_playgrounds_own_pipelines_can_be_planned(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -136,7 +136,7 @@ def test_a_corrupted_copy_of_hh_harmless_ends_in_one_report(scratch: Any, instru
         (51, "the line is not UTF-8 text"),
         (61, "the line is not valid JSON"),
     ):
-        assert f"dropped: 1 {reason} (first: corrupted.jsonl line {line})" in said
+        assert f"dropped: 1 {reason} (first: corrupted.jsonl line {line}" in said
     assert re.search(r"tokens cut: \d{2,3},\d{3}", said)  # the answer of 200 kB among them
 
 

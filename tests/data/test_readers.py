@@ -157,7 +157,7 @@ def test_broken_json_names_its_line(tmp_path: Path) -> None:
     loaded = load_records(str(path), "sft", on_bad_record="skip")
     assert loaded.records == RECORDS[:1]
     assert loaded.report.dropped == {"the line is not valid JSON": 1, "is no object": 1}
-    assert loaded.report.examples["is no object"] == "a.jsonl line 4"
+    assert loaded.report.examples["is no object"].startswith("a.jsonl line 4: list; a record is written ")
     path.write_text("[" * 100_000)
     assert "is not valid JSON" in fault(path)
     path.write_text('{"prompt": ' + "9" * 5000 + "}")
@@ -305,12 +305,14 @@ def test_a_bad_record_stops_or_is_counted(tmp_path: Path) -> None:
         "field completion: is missing": 1,
         "field prompt: is not a text": 1,
     }
-    assert loaded.report.examples["field completion: is missing"] == "a.jsonl line 3"
+    assert loaded.report.examples["field completion: is missing"].startswith("a.jsonl line 3: there is prompt; ")
+    assert loaded.report.examples["field completion: is empty"] == "a.jsonl line 2"
     path = write(tmp_path / "b.jsonl", *bad)
     assert fault(path, on_bad_record="skip") == (
         f"{path}: nothing is left of 3 records; dropped 1: field completion: is empty (first: b.jsonl line 1); "
-        "1: field completion: is missing (first: b.jsonl line 2); "
-        "1: field prompt: is not a text (first: b.jsonl line 3)"
+        "1: field completion: is missing (first: b.jsonl line 2: there is prompt; "
+        "a record of kind sft needs prompt and completion, which `columns` can rename); "
+        "1: field prompt: is not a text (first: b.jsonl line 3: 3, int; write a text in quotes)"
     )
 
 

@@ -15,6 +15,8 @@ from lightning import Trainer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_align.callbacks import progress
+from lightning_align.cli.main import run
 from lightning_align.data.collate import Window
 from lightning_align.data.datamodules import PreferenceDataModule
 from lightning_align.errors import UserError
@@ -343,9 +345,33 @@ def test_kto_refuses_records_that_are_all_alike(
     world: Any, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     rows = [{**row, **changes} for row in records("unpaired", size=16)]
-    run = world.fit({**DPO, **KTO, "data.path": world.write("alike.jsonl", rows)}, code=2)
-    assert message in capsys.readouterr().err
-    assert not run.path.exists()
+    options = {**DPO, **KTO, "data.path": world.write("alike.jsonl", rows)}
+    argv, path = world.command(options)
+    for words in (argv, [*argv, "--dry-run"]):
+        assert run(words) == 2
+        assert message in capsys.readouterr().err
+        assert not path.exists()
+
+
+def test_thumbs_for_a_loss_of_pairs_name_the_loss_that_learns_from_them(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.fit({**DPO, "data.path": world.write("thumbs.jsonl", records("unpaired", size=16))}, code=2)
+    assert "this is an unpaired record, which DPOModule learns from with --model.loss_type kto" in (
+        capsys.readouterr().err
+    )
+
+
+def test_progress_ends_with_accuracy_margin_and_the_last_evaluation(
+    world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)  # the last step has a line of its own before the evaluation
+    options = {"trainer.enable_progress_bar": True, "trainer.max_steps": 2, "trainer.val_check_interval": 1.0}
+    world.fit({**DPO, **options})
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == len(set(lines))
+    assert all(f" {name} " in lines[0] for name in ("loss", "acc", "margin"))
+    assert " eval loss " in lines[-1]
 
 
 def test_a_preference_file_serves_kto_too(world: Any) -> None:
