@@ -183,7 +183,7 @@ class GRPOModule(OnlineModule):
         groups = self.together(parts) // size
         metrics["sampling/groups_dropped"] = self.draws * wanted / size - groups
         metrics["sampling/generations_per_group"] = self.draws * wanted / min(groups, wanted // size)
-        own = concatenate(parts) if any(len(part) for part in parts) else without_learning(experience)
+        own = concatenate(parts) if any(len(part) for part in parts) else experience.without_learning()
         return own.select(slice(len(experience))), metrics
 
     def together(self, parts: list[Experience]) -> int:
@@ -280,9 +280,3 @@ def mixed_rows(experience: Experience) -> Tensor:
     """Rows of groups whose rewards differ ``[B]`` bool."""
     _, spread = ADVANTAGES["dr_grpo"](experience.scores, experience.rollout.prompt_index)
     return spread > 0
-
-
-def without_learning(experience: Experience) -> Experience:
-    """The first prompt's completions with nothing to learn from: a rank without any still takes part in every step."""
-    rows = experience.select(experience.rollout.rows_of_prompts()[0])
-    return replace(rows, rollout=replace(rows.rollout, completion_mask=torch.zeros_like(rows.completion_mask)))

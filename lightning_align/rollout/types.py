@@ -185,6 +185,13 @@ class Experience:
         width = int(self.attention_mask.any(0).sum())
         return _map_fields(self, lambda value: _crop(value, width))
 
+    def without_learning(self) -> "Experience":
+        """The first prompt's completions with nothing to learn from: a rank without any takes part in every step."""
+        rows = self.select(self.rollout.rows_of_prompts()[0])
+        return replace(
+            rows, rollout=replace(rows.rollout, completion_mask=torch.zeros_like(rows.rollout.completion_mask))
+        )
+
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
         """``count`` minibatches of a fresh shuffle of the prompts, as equal in prompts as possible.
 
@@ -198,6 +205,22 @@ class Experience:
         order = torch.randperm(len(prompts), generator=generator)
         for part in order.tensor_split(count):
             yield self.select([row for prompt in part.tolist() for row in prompts[prompt]])
+
+
+def with_completion(rollout: Rollout, ids: Sequence[int]) -> Rollout:
+    """One row with other tokens in the place of its completion; their text and the engine's log-probs are not known."""
+    (length,) = rollout.prompt_lengths.tolist()
+    completion = rollout.input_ids.new_tensor([ids])
+    input_ids = torch.cat([rollout.input_ids[:, :length], completion], dim=1)
+    slots = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return replace(
+        rollout,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids, dtype=torch.bool),
+        completion_mask=slots >= length,
+        engine_logp=rollout.engine_logp.new_zeros(input_ids.shape),
+        completions=[""],
+    )
 
 
 def concatenate(parts: Sequence[Experience]) -> Experience:

@@ -79,6 +79,7 @@ GROUPS = {
     **{"model.preset": "dapo", "model.dynamic_sampling": False, "model.samples_per_prompt": 4, "model.num_epochs": 2},
     **{"model.advantage": "batch_std", "model.kl": "loss", "model.beta": 0.1},
 }
+SELECTED = {"model.samples_per_prompt": 3, "model.num_epochs": 2}
 METHODS = {
     "pretrain": Method(
         offline("PretrainModule", "model.yaml", "TextDataModule", "text", **UNPACKED), "loss_weights", packs=True
@@ -92,6 +93,7 @@ METHODS = {
     "kto": Method(offline("DPOModule", "sft", "PreferenceDataModule", "unpaired", **KTO), "weight", smallest=2),
     "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
     "grpo": Method(online("GRPOModule", **GROUPS), "advantages"),
+    "rejection": Method(online("RejectionSamplingModule", **SELECTED), "completion_mask"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -107,8 +109,10 @@ class Subject:
         self.datamodule = self.module.trainer.datamodule
         if method.online:
             experience, _ = self.module.collect(next(iter(self.datamodule.train_dataloader())))
-            noise = torch.randn(experience.logp.shape, generator=torch.Generator().manual_seed(0)) / 4
-            self.samples = dataclasses.replace(experience, logp=experience.logp + noise)
+            self.samples = experience
+            if experience.logp is not None:  # ratios that are not 1
+                noise = torch.randn(experience.logp.shape, generator=torch.Generator().manual_seed(0)) / 4
+                self.samples = dataclasses.replace(experience, logp=experience.logp + noise)
 
     def batch(self, *elements: int) -> Any:
         """These elements of the training set (of the samples, for an online method), in this order."""
@@ -225,7 +229,8 @@ def test_loss_that_depends_on_the_place_in_the_batch_is_noticed(subject: Any, na
         def weigh(key: str, values: Tensor) -> Tensor:
             if key != of.method.weighs:
                 return values
-            place = 1 + torch.arange(len(values), dtype=values.dtype) / 10
+            dtype = values.dtype if values.is_floating_point() else torch.float64
+            place = 1 + torch.arange(len(values), dtype=dtype) / 10
             return values * (place if values.ndim == 1 else place[:, None])
 
         return mapped(batch, weigh)
