@@ -285,8 +285,12 @@ def test_a_run_is_not_resumed_on_another_start_than_it_began_with(scratch: Any) 
     scratch.fit("pretrain", "start")
     scratch.fit("sft", "next", "--model.model=runs/start")
     before = scratch.status("start")["created"]
-    scratch.done("fit", "--resume", "--run.name=start", "--trainer.max_steps=4")
-    scratch.done("fit", "--resume", "--run.name=next", "--trainer.max_steps=4")  # the start is still the same run
+    scratch.done("fit", "--resume", "--run.name=next", "--trainer.max_steps=4")
+    scratch.done("fit", "--resume", "--run.name=start", "--trainer.max_steps=4")  # the same run with another model
+    assert scratch.refused("fit", "--resume", "--run.name=next", "--trainer.max_steps=5") == (
+        "model.model reads the model folder runs/start/model, which has changed since runs/next began "
+        "(model.safetensors): restore it to resume, or start another run with another --run.name or --overwrite"
+    )
     scratch.fit("pretrain", "start", "--overwrite")
     assert scratch.refused("fit", "--resume", "--run.name=next", "--trainer.max_steps=5") == (
         f"runs/start was replaced since runs/next began: it was created {before}, what lies there now "

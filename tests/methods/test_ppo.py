@@ -179,8 +179,9 @@ def test_ppo_16_without_policy_loss_a_step_is_a_language_modelling_step_times_ga
 
     monkeypatch.setattr(ppo_module, "endless", remembered)
     monkeypatch.setattr(PPOModule, "step_gradients", watched)
-    run = ppo(reward="@rewards.py:nothing", ptx_coef=27.8, ptx_path="@text.jsonl", ptx_batch_size=4, num_ppo_epochs=2)
-    assert steps == [1, 2, 3, 4, 5, 6]  # a batch of text for every optimiser step
+    ptx = {"ptx_coef": 27.8, "ptx_path": "@text.jsonl", "ptx_batch_size": 4}
+    run = ppo(reward="@rewards.py:nothing", num_ppo_epochs=2, iterations=2, **ptx)  # a third would stop the run
+    assert steps == [1, 2, 3, 4]  # a batch of text for every optimiser step
     assert run.rows[0]["loss/ptx"] > 0
     assert run.rows[0]["policy/grad_norm"] > 1
 
