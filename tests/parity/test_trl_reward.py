@@ -30,7 +30,8 @@ CHAT = {
     "chosen": [{"role": "assistant", "content": "cat dog"}],
     "rejected": [{"role": "assistant", "content": "dog cat"}],
 }
-METRICS = ("loss", "grad_norm", "accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+METRICS = ("loss", "grad_norm", "accuracy", "margin", "mean_reward")
+EXTREMES = ("min_reward", "max_reward")  # of the step here; TRL logs the mean of its micro-batches' extremes
 
 
 @pytest.fixture
@@ -103,7 +104,8 @@ def test_one_step_has_the_same_loss_gradients_and_metrics(
 ) -> None:
     ours, theirs = train_both(records, batch_size, accumulate, center)
     agree("gradients", ours.gradients[0], theirs.gradients[0], dtype)
-    agree("metrics", {n: ours.rows[0][n] for n in METRICS}, {n: theirs.rows[0][n] for n in METRICS}, dtype)
+    names = METRICS + EXTREMES if accumulate == 1 else METRICS
+    agree("metrics", {n: ours.rows[0][n] for n in names}, {n: theirs.rows[0][n] for n in names}, dtype)
     for name in ("num_tokens", "epoch", "learning_rate"):
         assert ours.rows[0][name] == theirs.rows[0][name]
     assert 0 < ours.rows[0]["accuracy"] < 1, "a number that says something"
