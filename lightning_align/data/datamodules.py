@@ -168,9 +168,7 @@ class PreferenceDataModule(BaseDataModule):
         if not self.uses_margins and self.margin not in ("auto", "none"):
             raise UserError(f"data.margin is {self.margin}, but this loss has no margins: leave it out")
         super().setup(stage)
-        check = getattr(module, "check_data", None)  # of methods whose losses cannot use all that can be read
-        if check is not None:
-            check(self)
+        module.check_data(self)
 
     def source_kind(self) -> Kind:
         """Rankings stay together: their pairs belong in one batch."""

@@ -228,6 +228,9 @@ class AlignModule(L.LightningModule):
         else:
             save_model(network, self.tokenizer, folder)
 
+    def check_data(self, datamodule: Any) -> None:
+        """Hook: refuse data that the losses cannot use; asked once they are read, before the plan and any weights."""
+
     # ------------------------------------------------------------------ objective
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
         """Summed loss of one micro-batch and the sums of its metrics (detached numerators and denominators)."""

@@ -130,7 +130,7 @@ class DPOModule(AlignModule):
         self.reference_has_left = False  # for good: the policy is no longer what it was copied from
 
     def check_data(self, datamodule: PreferenceDataModule) -> None:
-        """Refuse data that the losses cannot use; asked once they are read, before the plan and any weights."""
+        """Of KTO also steps and prompts that its KL cannot be estimated on."""
         datasets: Mapping[Any, Any] = datamodule.datasets  # of the kind that the objective asked for
         if "train" in datasets:
             step = datamodule.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size

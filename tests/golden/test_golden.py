@@ -87,17 +87,14 @@ def ratio(metric: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ------------------------------------------------------------------ the file itself
-def test_gold_1_every_case_is_used_or_listed() -> None:
-    listed = set((FOLDER / "unused.txt").read_text().split())
+def test_gold_1_every_case_is_used() -> None:
     sources = [path.read_text() for path in FOLDER.parent.rglob("test_*.py")]
     used = {
         name
         for name in CASES
         if any(re.search(rf"""(?i:golden|cases?)\w*\W+["']{name}["']""", text) for text in sources)
     }
-    assert listed <= set(CASES), f"unused.txt names cases that do not exist: {sorted(listed - set(CASES))}"
-    assert not used & listed, f"now used, take them off unused.txt: {sorted(used & listed)}"
-    assert used | listed == set(CASES), f"no test reads these cases: {sorted(set(CASES) - used - listed)}"
+    assert used == set(CASES), f"no test reads these cases: {sorted(set(CASES) - used)}"
 
 
 def test_gold_2_the_file_is_what_the_script_writes(tmp_path: Path) -> None:

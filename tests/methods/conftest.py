@@ -59,6 +59,16 @@ def turns(prompts, completions, **columns):
     assert all(prompt[-1]["role"] == "user" for prompt in prompts)
     return [float(len(answer["content"])) for (answer,) in completions]
 """
+BANDIT = """
+architecture: llama
+hidden_size: 32
+intermediate_size: 48
+num_hidden_layers: 1
+num_attention_heads: 4
+max_position_embeddings: 16
+tie_word_embeddings: false
+tokenizer: {train: {vocab_size: 64, algorithm: words}}
+"""
 # seventeen records in batches of eight: the last window of an epoch has one
 SIZES = {"text": 17, "sft": 17, "preference": 17, "ranked": 17, "scored": 17, "unpaired": 17, "prompt": 12}
 ALWAYS = {
@@ -239,6 +249,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         assert world.driver.stdin is not None
         world.driver.stdin.close()
         world.driver.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def bandit(world: World) -> dict[str, Any]:
+    """Options of an online method on one prompt with completions of one token; letter ``a`` is worth 1."""
+    (world.root / "bandit.yaml").write_text(BANDIT)
+    letters = world.write("letters.jsonl", [{"text": f"say {letter}"} for letter in "abcdef"])
+    start = {"model": "PretrainModule", "model.model": "@bandit.yaml", "model.learning_rate": 1e-3}
+    start |= {"data": "TextDataModule", "data.path": letters, "data.val_fraction": 0.0, "trainer.max_steps": 3}
+    world.fit(start, name="bandit")
+    return {
+        **{"model.model": "@bandit", "model.reward": "@rewards.py:first_letter"},
+        **{"model.max_new_tokens": 1, "model.eval_every": 0, "model.micro_batch_size": 512},
+        **{"data": "PromptDataModule", "data.path": world.write("say.jsonl", [{"prompt": "say"}])},
+        **{"data.val_fraction": 0.0, "run.checkpoint_every": 1000, "trainer.log_every_n_steps": 100},
+    }
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Group methods: shared prompts, presets, what is learnt from, dynamic sampling, and a bandit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,17 +11,6 @@ from lightning_align.errors import UserError
 from lightning_align.losses.group import PRESETS
 from lightning_align.methods.grpo import GRPOModule, adjusted
 from lightning_align.models.logprobs import token_stats
-
-BANDIT = """
-architecture: llama
-hidden_size: 32
-intermediate_size: 48
-num_hidden_layers: 1
-num_attention_heads: 4
-max_position_embeddings: 16
-tie_word_embeddings: false
-tokenizer: {train: {vocab_size: 64, algorithm: words}}
-"""
 
 
 @pytest.fixture
@@ -168,6 +158,29 @@ def test_overlong_completions_lose_reward(world: Any, options: dict[str, Any]) -
     assert len(expected.unique()) > 2
 
 
+def test_a_completion_without_a_score_leaves_its_siblings_as_they_are(world: Any, options: dict[str, Any]) -> None:
+    """The first of a prompt, behind which the others are encoded, and one in between."""
+    module = world.ready({**options, "trainer.precision": "64-true"})
+    rollout = rollout_of(module)
+    left = torch.arange(16) % 4 % 2 == 0
+    mask = rollout.completion_mask & ~left[:, None]
+    shared = module.completion_stats(module.model, replace(rollout, completion_mask=mask)).logp
+    torch.testing.assert_close(shared, alone(module.model, rollout).logp * mask, rtol=1e-9, atol=1e-9)
+    assert not shared[left].any()
+
+
+def test_lengths_are_those_of_the_completions(world: Any, options: dict[str, Any]) -> None:
+    module = world.ready(options)
+    rollout = rollout_of(module)
+    lengths = rollout.completion_lengths.tolist()
+    ended = [length for length, why in zip(lengths, rollout.finish_reason, strict=True) if why != "length"]
+    assert len(set(lengths)) > 1
+    assert module.length_metrics(rollout) == {
+        **{"completions/min_length": min(lengths), "completions/max_length": max(lengths)},
+        **{"completions/min_terminated_length": min(ended), "completions/max_terminated_length": max(ended)},
+    }
+
+
 # ---------------------------------------------------------------------------------------------------- dynamic sampling
 SOME = """
 def some(prompts, completions, **_):  # all answers to two prompts of three are worth the same
@@ -268,22 +281,10 @@ def test_impossible_options_are_named(
 
 # -------------------------------------------------------------------------------------------------------------- bandit
 @pytest.mark.parametrize("preset", PRESETS)
-def test_grp_10_bandit_finds_the_best_arm(world: Any, preset: str) -> None:
-    (world.root / "bandit.yaml").write_text(BANDIT)
-    letters = world.write("letters.jsonl", [{"text": f"say {letter}"} for letter in "abcdef"])
-    if not (world.root / "arms").exists():
-        start = {"model": "PretrainModule", "model.model": "@bandit.yaml", "model.learning_rate": 1e-3}
-        start |= {"data": "TextDataModule", "data.path": letters, "data.val_fraction": 0.0, "trainer.max_steps": 3}
-        world.fit(start, name="arms")
-    module = world.fit(
-        {
-            **{"model": "GRPOModule", "model.model": "@arms", "model.reward": "@rewards.py:first_letter"},
-            **{"model.preset": preset, "model.kl": "none", "model.dynamic_sampling": False},
-            **{"model.max_new_tokens": 1, "model.eval_every": 0, "model.iterations": 100, "model.learning_rate": 1e-2},
-            **{"data": "PromptDataModule", "data.path": world.write("say.jsonl", [{"prompt": "say"}])},
-            **{"data.val_fraction": 0.0, "data.batch_size": 4, "run.checkpoint_every": 1000},
-        }
-    ).module
+def test_grp_10_bandit_finds_the_best_arm(world: Any, bandit: dict[str, Any], preset: str) -> None:
+    options = {**bandit, "model": "GRPOModule", "model.preset": preset, "model.kl": "none"}
+    options |= {"model.dynamic_sampling": False, "model.iterations": 100, "model.learning_rate": 1e-2}
+    module = world.fit({**options, "data.batch_size": 4}).module
     best = module.tokenizer.convert_tokens_to_ids("a")
     assert probability(module.frozen.reference, module.tokenizer, best) < 0.3
     assert probability(module.model, module.tokenizer, best) > 0.95

@@ -17,16 +17,6 @@ from lightning_align.methods.ppo import PPOModule
 from lightning_align.models.logprobs import token_stats
 
 Ppo = Callable[..., Any]
-BANDIT = """
-architecture: llama
-hidden_size: 32
-intermediate_size: 48
-num_hidden_layers: 1
-num_attention_heads: 4
-max_position_embeddings: 16
-tie_word_embeddings: false
-tokenizer: {train: {vocab_size: 64, algorithm: words}}
-"""
 
 
 # -------------------------------------------------------------------------------------------------- the first minibatch
@@ -100,22 +90,6 @@ def test_ppo_8_reference_and_reward_are_left_alone(world: Any, ppo: Ppo) -> None
 
 
 # ------------------------------------------------------------------------------------------------------------- bandits
-@pytest.fixture(scope="module")
-def bandit(world: Any) -> dict[str, Any]:
-    """Options of PPO on one prompt with completions of one token; letter ``a`` is worth 1."""
-    (world.root / "bandit.yaml").write_text(BANDIT)
-    letters = world.write("letters.jsonl", [{"text": f"say {letter}"} for letter in "abcdef"])
-    start = {"model": "PretrainModule", "model.model": "@bandit.yaml", "model.learning_rate": 1e-3}
-    start |= {"data": "TextDataModule", "data.path": letters, "data.val_fraction": 0.0, "trainer.max_steps": 3}
-    world.fit(start, name="bandit")
-    return {
-        **{"model": "PPOModule", "model.model": "@bandit", "model.reward": "@rewards.py:first_letter"},
-        **{"model.max_new_tokens": 1, "model.eval_every": 0, "model.value_lr": 1e-2, "model.micro_batch_size": 512},
-        **{"data": "PromptDataModule", "data.path": world.write("say.jsonl", [{"prompt": "say"}])},
-        **{"data.val_fraction": 0.0, "run.checkpoint_every": 1000, "trainer.log_every_n_steps": 100},
-    }
-
-
 def distribution(model: Any, tokenizer: Any) -> Tensor:
     """Probabilities of the first token after the prompt, float64."""
     with torch.no_grad():
@@ -123,7 +97,14 @@ def distribution(model: Any, tokenizer: Any) -> Tensor:
 
 
 def test_ppo_11_bandit_finds_the_best_arm(world: Any, bandit: dict[str, Any]) -> None:
-    options = {**bandit, "model.iterations": 60, "model.num_ppo_epochs": 2, "data.batch_size": 32}
+    options = {
+        **bandit,
+        "model": "PPOModule",
+        "model.value_lr": 1e-2,
+        "model.iterations": 60,
+        "model.num_ppo_epochs": 2,
+        "data.batch_size": 32,
+    }
     module = world.fit({**options, "model.kl_coef": 0.0, "model.learning_rate": 1e-2}).module
     best = module.tokenizer.convert_tokens_to_ids("a")
     before = distribution(module.frozen.reference, module.tokenizer)[best]
@@ -133,7 +114,14 @@ def test_ppo_11_bandit_finds_the_best_arm(world: Any, bandit: dict[str, Any]) ->
 
 
 def test_ppo_11_bandit_reaches_the_optimum_with_kl(world: Any, bandit: dict[str, Any]) -> None:
-    options = {**bandit, "model.iterations": 40, "model.num_ppo_epochs": 2, "data.batch_size": 256}
+    options = {
+        **bandit,
+        "model": "PPOModule",
+        "model.value_lr": 1e-2,
+        "model.iterations": 40,
+        "model.num_ppo_epochs": 2,
+        "data.batch_size": 256,
+    }
     module = world.fit({**options, "model.kl_coef": 0.5, "model.learning_rate": 1e-2}).module
     reference = distribution(module.frozen.reference, module.tokenizer)
     reward = torch.zeros_like(reference)
