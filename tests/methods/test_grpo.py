@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.errors import UserError
-from lightning_align.losses.group import PRESETS
+from lightning_align.losses.group import PRESETS, group_policy_loss
 from lightning_align.methods.grpo import GRPOModule, adjusted
 from lightning_align.models.logprobs import token_stats
 
@@ -171,14 +171,63 @@ def test_a_completion_without_a_score_leaves_its_siblings_as_they_are(world: Any
 
 def test_lengths_are_those_of_the_completions(world: Any, options: dict[str, Any]) -> None:
     module = world.ready(options)
+    everything = rollout_of(module)
+    seen = set()
+    for rows in (slice(0, 16), slice(4, 8), slice(8, 10)):
+        rollout = everything.select(rows)
+        lengths = rollout.completion_lengths.tolist()
+        found = module.length_metrics(rollout)
+        expected = {"completions/min_length": min(lengths), "completions/max_length": max(lengths)}
+        pairs = zip(lengths, rollout.finish_reason, strict=True)
+        if ended := [length for length, why in pairs if why != "length"]:
+            expected |= {"completions/min_terminated_length": min(ended)}
+            expected |= {"completions/max_terminated_length": max(ended)}
+        assert found == expected
+        seen.add(tuple(found.values()))
+    assert len(seen) > 1
+
+
+def test_differences_from_the_engine_are_measured(world: Any, options: dict[str, Any]) -> None:
+    module = world.ready(options)
     rollout = rollout_of(module)
-    lengths = rollout.completion_lengths.tolist()
-    ended = [length for length, why in zip(lengths, rollout.finish_reason, strict=True) if why != "length"]
-    assert len(set(lengths)) > 1
-    assert module.length_metrics(rollout) == {
-        **{"completions/min_length": min(lengths), "completions/max_length": max(lengths)},
-        **{"completions/min_terminated_length": min(ended), "completions/max_terminated_length": max(ended)},
-    }
+    count = int(rollout.completion_mask.sum())
+    for size in (0.0, 0.5, 2.0):
+        logp = rollout.engine_logp.clone()
+        row, slot = rollout.completion_mask.nonzero()[3].tolist()
+        logp[row, slot] -= size
+        logp[0, 0] += 9.0  # of the prompt
+        found = module.engine_metrics(rollout, logp)
+        assert found["sampling/sampling_logp_difference/max"] == pytest.approx(size)
+        assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(size / count)
+
+
+@pytest.mark.parametrize("preset", ["reinforce", "grpo", "dr_grpo", "dapo"])  # one of each reduction
+def test_grp_5_micro_batches_are_divided_by_what_the_whole_step_holds(
+    world: Any, options: dict[str, Any], preset: str
+) -> None:
+    still = {"trainer.precision": "64-true", "model.micro_batch_size": 3, "model.dynamic_sampling": False}
+    module = world.ready({**options, **still, "model.preset": preset, "model.kl": "none"})
+    whole, _ = module.experience(rollout_of(module))
+    for rows in (slice(0, 16), slice(4, 12)):
+        part = whole.select(rows)
+        module.zero_grad()
+        module.step_gradients(part)
+        logp = alone(module.model, part.rollout).logp
+        settings = module.settings
+        loss, _ = group_policy_loss(
+            logp,
+            logp.detach(),
+            part.advantages,
+            part.completion_mask,
+            ratio=settings.ratio,
+            loss=settings.loss,
+            reduction=settings.reduction,
+            max_completion_length=8,
+        )
+        expected = torch.autograd.grad(loss, list(module.model.parameters()))
+        size = torch.stack([gradient.norm() for gradient in expected]).norm()
+        for parameter, gradient in zip(module.model.parameters(), expected, strict=True):
+            assert float((parameter.grad - gradient).norm()) < 1e-6 * size
 
 
 # ---------------------------------------------------------------------------------------------------- dynamic sampling
