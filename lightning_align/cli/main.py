@@ -33,6 +33,7 @@ COMMANDS = {
     "pipeline": Command("pipeline", "main", "run several stages in order, skipping those that are done"),
     "generate": Command("generate", "main", "sample from a run, a path or a hub id"),
     "evaluate": Command("evaluate", "main", "score, KL, win rate, calibration, with intervals"),
+    "label": Command("label", "main", "make records: an AI judge, a constitution"),
     "data": Command("data", "main", "inspect, convert or export records"),
     "lab": Command("lab", "main", "over-optimisation figures"),
     "export": Command("export", "main", "write a checkpoint in Hugging Face format"),

@@ -1,0 +1,1 @@
+"""Where labels come from: a judge, a critic that revises, hindsight."""

@@ -1,0 +1,149 @@
+"""Language models that are asked: for a text, or for how likely they find each of a few replies."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_align.data.encode import encode_pairs, encode_prompts
+from lightning_align.data.templates import Prompt
+from lightning_align.errors import UserError
+from lightning_align.models.loading import load_causal_lm, load_tokenizer, max_positions
+from lightning_align.models.logprobs import token_stats
+from lightning_align.rollout.engine import Engine, build_engine
+from lightning_align.rollout.types import SamplingParams
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said.
+
+    Args:
+        text: Without special tokens.
+        finished: Whether it ended by itself.
+    """
+
+    text: str
+    finished: bool
+
+
+class LanguageModel(Protocol):
+    """A model by what it can be asked; ``name`` says which one, in messages and in caches."""
+
+    name: str
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
+        """``params.num_samples`` replies to every prompt, one seed each; those of a prompt side by side."""
+        ...
+
+    def option_logps(self, prompts: Sequence[Prompt], options: Sequence[str]) -> Tensor:
+        """Log-probs of each option as the beginning of a reply ``[P, K]`` float32 on the CPU.
+
+        An option that another one begins with (1 and 10) counts only where the reply does not go on to be that other.
+        """
+        ...
+
+
+class LocalModel:
+    """A causal language model in this process.
+
+    Args:
+        name: What messages call it.
+        model: In evaluation mode, on its device.
+        tokenizer: Its own.
+        engine: Samples from it; by default a new one.
+        batch_size: Most sequences in a forward pass.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        engine: Engine | None = None,
+        batch_size: int = 128,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.engine = engine or build_engine("auto", model, tokenizer, max_batch=batch_size)
+
+    @classmethod
+    def load(cls, source: str, *, dtype: str = "auto", batch_size: int = 128) -> "LocalModel":
+        """From a run, a path or a hub id, to the GPU if there is one."""
+        tokenizer = load_tokenizer(source)
+        model = load_causal_lm(source, tokenizer=tokenizer, dtype=dtype).eval().requires_grad_(False)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(source, model, tokenizer, batch_size=batch_size)
+
+    def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
+        """See :meth:`LanguageModel.sample`; raises :class:`UserError` for a prompt that leaves no room for a reply."""
+        ids = encode_prompts(self.tokenizer, prompts)
+        self._check_room(ids, params.max_new_tokens)
+        rollout = self.engine.generate(ids, params, seeds=seeds)
+        return [
+            Reply(text, reason != "length")
+            for text, reason in zip(rollout.completions, rollout.finish_reason, strict=True)
+        ]
+
+    def _check_room(self, ids: Sequence[Sequence[int]], new: int) -> None:
+        limit = max_positions(self.model.config)
+        longest = max(map(len, ids), default=0)
+        if limit is not None and longest + new > limit:
+            raise UserError(
+                f"model {self.name} has {limit} positions, but a question to it takes {longest} tokens and the reply "
+                f"up to {new}: shorten the question or the texts in it, or ask a model that reads more"
+            )
+
+    @torch.no_grad()
+    def option_logps(self, prompts: Sequence[Prompt], options: Sequence[str]) -> Tensor:
+        """See :meth:`LanguageModel.option_logps`."""
+        if not prompts:
+            return torch.empty(0, len(options))
+        pairs = encode_pairs(
+            self.tokenizer,
+            [prompt for prompt in prompts for _ in options],
+            [option for _ in prompts for option in options],
+            finished=False,
+        )
+        self._check_room([pair.input_ids for pair in pairs], 0)
+        rows = [(pair.input_ids, pair.prompt_length) for pair in pairs]
+        replies = [tuple(ids[start:]) for ids, start in rows]
+        if not all(replies):
+            raise UserError(f"model {self.name}: an option among {', '.join(map(repr, options))} has no tokens")
+        logp = self._logps(rows).view(len(prompts), len(options))
+        size = len(options)
+        return torch.stack([_exact(logp[p], replies[p * size : (p + 1) * size]) for p in range(len(prompts))])
+
+    def _logps(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+        """Summed log-probs of the tokens from ``start`` on, of rows (ids, start): ``[N]``."""
+        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
+        result = torch.empty(len(rows))
+        for begin in range(0, len(order), self.batch_size):
+            chosen = order[begin : begin + self.batch_size]
+            width = len(rows[chosen[0]][0])
+            ids = torch.tensor([rows[row][0] + [0] * (width - len(rows[row][0])) for row in chosen])
+            slots = torch.arange(width)
+            lengths = torch.tensor([len(rows[row][0]) for row in chosen])[:, None]
+            starts = torch.tensor([rows[row][1] for row in chosen])[:, None]
+            attention, mask = slots < lengths, (slots >= starts) & (slots < lengths)
+            device = self.model.device
+            stats = token_stats(self.model, ids.to(device), attention.to(device), mask=mask.to(device))
+            result[chosen] = stats.logp.sum(1).float().cpu()
+        return result
+
+
+def _exact(logp: Tensor, replies: Sequence[tuple[int, ...]]) -> Tensor:
+    """Log-probs ``[K]`` of the replies that begin with these tokens, without those that go on to be a longer option."""
+    exact = logp.clone()
+    for i, short in enumerate(replies):
+        longer = [k for k, other in enumerate(replies) if len(other) > len(short) and other[: len(short)] == short]
+        if longer:
+            rest = torch.logsumexp(logp[longer], 0) - logp[i]
+            exact[i] = logp[i] + torch.log1p(-rest.exp().clamp(max=1))
+    return exact
