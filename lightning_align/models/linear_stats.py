@@ -56,6 +56,16 @@ class Head:
         bias = 0.0 if self.bias is None else self.bias.to(wide).mean()
         return (hidden.to(wide) @ self.weight.mean(0, dtype=wide) + bias) * self.scale
 
+    def over_mean(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """What the logit of each label has over the mean of its row ``[N]``, differentiable; not under a soft-cap."""
+        assert self.softcap is None
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weight = self.weight.index_select(0, labels).to(wide) - self.weight.mean(0, dtype=wide)
+        over = (hidden.to(wide) * weight).sum(1)
+        if self.bias is not None:
+            over = over + self.bias.index_select(0, labels).to(wide) - self.bias.to(wide).mean()
+        return over * self.scale
+
     def transform(self, temperature: float) -> tuple[float, float | None]:
         """Temperature and soft-cap that do to ``weight·h + bias`` what scale, cap and ``temperature`` do."""
         return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale

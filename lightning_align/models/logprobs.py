@@ -31,6 +31,7 @@ class TokenStats(NamedTuple):
         correct: Whether the token has the highest probability.
         mean_logit: Mean over the vocabulary of the logits that it was drawn with (not divided by the temperature),
             without gradient; None too where the output layer has a soft-cap.
+        mean_logp: Mean over the vocabulary of the log-probabilities, in nats.
     """
 
     logp: Tensor
@@ -38,6 +39,7 @@ class TokenStats(NamedTuple):
     kl: Tensor | None
     correct: Tensor | None
     mean_logit: Tensor | None = None
+    mean_logp: Tensor | None = None
 
 
 def token_stats(
@@ -53,10 +55,11 @@ def token_stats(
     ref_model: nn.Module | WithoutAdapter | None = None,
     correct: bool = False,
     mean_logit: bool = False,
+    mean_logp: bool = False,
 ) -> TokenStats:
     """Statistics of the masked tokens under ``model``: log softmax(logits[t − 1] / temperature)[input_ids[t]].
 
-    Differentiable in ``logp``, ``entropy`` and ``kl`` with respect to ``model``; never with respect to ``ref_model``.
+    Differentiable in ``logp``, ``entropy``, ``kl`` and ``mean_logp`` with respect to ``model``; never with respect to ``ref_model``.
 
     Args:
         model: A causal language model of transformers, with adapters in it or without.
@@ -70,6 +73,7 @@ def token_stats(
         ref_model: Compute the exact KL from this model's distribution.
         correct: Whether to compare with the most likely token.
         mean_logit: Whether to compute means of logits.
+        mean_logp: Whether to compute means of log-probs, for label smoothing.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}: it must be positive")
@@ -85,6 +89,7 @@ def token_stats(
         rows, head = _predicting_rows(network, sequences, positions)
     stats = _row_stats(rows, head, labels, temperature, entropy=entropy, correct=correct, reference=ref_logits)
     means = _mean_logits(rows, head) if mean_logit else None
+    mean_logps = _mean_logps(rows, head, labels, stats.logp, temperature) if mean_logp else None
     shape = input_ids.shape
     return TokenStats(
         _scatter(stats.logp, positions, shape),
@@ -92,6 +97,7 @@ def token_stats(
         None if stats.kl is None else _scatter(stats.kl, positions, shape),
         None if stats.correct is None else _scatter(stats.correct, positions, shape),
         None if means is None else _scatter(means, positions, shape),
+        None if mean_logps is None else _scatter(mean_logps, positions, shape),
     )
 
 
@@ -127,6 +133,14 @@ def _mean_logits(rows: Tensor, head: Head | None) -> Tensor | None:
         if head is None
         else head.mean_logits(rows)
     )
+
+
+def _mean_logps(rows: Tensor, head: Head | None, labels: Tensor, logp: Tensor, temperature: float) -> Tensor:
+    """Mean over the vocabulary of the log-probs of rows: that of the label, less what its logit has over the mean."""
+    if head is not None and head.softcap is None:
+        return logp - head.over_mean(rows, labels) / temperature
+    logits = rows.to(torch.promote_types(rows.dtype, torch.float32)) if head is None else head.logits(rows)
+    return logp - (logits.gather(1, labels[:, None])[:, 0] - logits.mean(1)) / temperature
 
 
 def _predicting_rows(

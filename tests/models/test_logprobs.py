@@ -193,6 +193,30 @@ def test_dpo_7_mean_logits_equal_those_of_all_logits(
     assert token_stats(any_model, ids, real, mask=completion).mean_logit is None
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_mean_log_probs_and_their_gradients_are_those_of_all_log_probs(
+    any_model: PreTrainedModel, sequences: list[list[int]], pad: Pad, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if plain:
+        monkeypatch.setattr(logprobs, "head_is_expressible", lambda model: False)
+    ids, real, completion = pad(sequences, "left", 2)
+    stats = token_stats(any_model, ids, real, mask=completion, temperature=0.7, mean_logp=True)
+    assert stats.mean_logp is not None
+    logits = [any_model(input_ids=torch.tensor([row])).logits[0, 1:-1].float() for row in sequences]
+    expected = torch.cat([(row / 0.7).log_softmax(-1).mean(1) for row in logits])
+    torch.testing.assert_close(stats.mean_logp[completion], expected, rtol=1e-5, atol=1e-5)
+    assert not stats.mean_logp[~completion].any()
+    place = torch.linspace(-1, 1, len(expected))  # another weight for each token
+    parameters = [parameter for parameter in any_model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad((stats.mean_logp[completion] * place).sum(), parameters, allow_unused=True)
+    wanted = torch.autograd.grad((expected * place).sum(), parameters, allow_unused=True)
+    for gradient, right in zip(found, wanted, strict=True):
+        if right is None:
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-5)
+
+
 def test_every_head_is_expressible(any_model: PreTrainedModel) -> None:
     assert head_is_expressible(any_model)
     ids = torch.arange(3, 9)[None]
