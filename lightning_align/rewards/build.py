@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_align.errors import UserError
+from lightning_align.plugins import load_function
 from lightning_align.rewards.base import GATED, Part, Reward, Scorer
 from lightning_align.rewards.ensemble import EnsembleReward
-from lightning_align.rewards.function import FunctionReward, load_function
+from lightning_align.rewards.function import FunctionReward
 from lightning_align.rewards.playground import Aspect, PlaygroundReward
 from lightning_align.rewards.spec import PartSpec, RewardSpec, kind_of, learned_sources, parse_reward, read_reward
 

@@ -1,15 +1,10 @@
 """Rewards that are Python functions, TRL's signature: ``f(prompts, completions, **columns) -> list[float | None]``."""
 
-import importlib
-import importlib.util
 import inspect
 import logging
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.errors import UserError
+from lightning_align.plugins import said
 from lightning_align.rewards.base import Prompt
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -82,10 +78,10 @@ class FunctionReward:
                 failed, cause = failed + 1, error
         if failed == total >= SEVERAL:  # a few bad sequences say little
             raise UserError(
-                f"reward {self.name} failed on all {total} completions of a batch: {_said(cause)}"
+                f"reward {self.name} failed on all {total} completions of a batch: {said(cause)}"
             ) from cause
         if failed:
-            self._note_failures(failed, _said(cause))
+            self._note_failures(failed, said(cause))
         return values
 
     def _note_failures(self, failed: int, reason: str) -> None:
@@ -103,7 +99,7 @@ class FunctionReward:
         try:
             result = self.function(**{name: list(column) for name, column in columns.items()})
         except SystemExit as error:  # it would end the run as if it were done
-            raise UserError(f"reward {self.name} tried to end the program: {_said(error)}") from error
+            raise UserError(f"reward {self.name} tried to end the program: {said(error)}") from error
         if isinstance(result, Tensor | np.ndarray):
             result = result.tolist()
         if not isinstance(result, Sequence) or isinstance(result, str):
@@ -147,59 +143,3 @@ class FunctionReward:
                 )
         wanted = {parameter.name for parameter in self._parameters}
         return {name: values for name, values in available.items() if name in wanted}
-
-
-def _said(error: BaseException) -> str:
-    """An error of somebody else's code, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The function at ``package.module.function`` or ``path/to/file.py:function``.
-
-    Raises:
-        UserError: Nothing there can be imported, or it is not callable.
-    """
-    if ".py:" in spec:
-        location, _, name = spec.rpartition(":")
-        module = _module_from_file(Path(location), spec)
-    else:
-        location, _, name = spec.rpartition(".")
-        module = _module_by_name(location, spec)
-    if name not in vars(module):
-        near = ", ".join(
-            key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")
-        )
-        raise UserError(f"reward {spec}: {location} has no {name!r}; its functions are: {near or 'none'}")
-    function = vars(module)[name]
-    if not callable(function):
-        raise UserError(f"reward {spec} is {type(function).__name__}, not a function")
-    return function
-
-
-def _module_by_name(name: str, spec: str) -> Any:
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        # console scripts do not look where the user stands; at the end, so that nothing installed is hidden
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"reward {spec} cannot be imported: {error}; it is neither an importable function nor a path that exists"
-        ) from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
-        raise UserError(f"reward {spec}: importing {name} failed: {_said(error)}") from error
-
-
-def _module_from_file(path: Path, spec: str) -> Any:
-    if not path.is_file():
-        raise UserError(f"reward {spec}: there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"lightning_align_reward_{path.stem}", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything while it runs
-        raise UserError(f"reward {spec}: running {path} failed: {_said(error)}") from error
-    return module

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_align.errors import UserError
-from lightning_align.rewards.function import FunctionReward, load_function
+from lightning_align.plugins import load_function
+from lightning_align.rewards.function import FunctionReward
 
 Ask = Callable[..., Tensor]
 RECORDS = [{"prompt": "p", "answer": 4, "level": "easy"}, {"prompt": "q", "answer": 5}]

@@ -9,9 +9,10 @@ import pytest
 import yaml
 from torch import Tensor
 
+from lightning_align.plugins import load_function
 from lightning_align.rewards.build import build_reward, parse_reward
 from lightning_align.rewards.combination import How, LengthPenalty, Whiten
-from lightning_align.rewards.function import FunctionReward, load_function
+from lightning_align.rewards.function import FunctionReward
 from lightning_align.rewards.spec import PART_KEYS, REWARD_KEYS, read_reward
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
