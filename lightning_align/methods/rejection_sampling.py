@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_align.errors import UserError, check_options
-from lightning_align.losses.lm import token_cross_entropy
-from lightning_align.losses.masked import Metrics
+from lightning_align.methods.imitation import ImitationModule, said_of_scores
 from lightning_align.methods.measures import column_sums
-from lightning_align.methods.online import OnlineModule
 from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout, concatenate, with_completion
 
@@ -31,7 +29,7 @@ class Best:
     iteration: int
 
 
-class RejectionSamplingModule(OnlineModule):
+class RejectionSamplingModule(ImitationModule):
     """Best-of-n as training (LLaMA-2, section 3.2.3; RAFT, Dong et al. 2023); docs/rejection_sampling.md.
 
     Every iteration draws ``samples_per_prompt`` completions of each prompt, keeps the ones that the reward likes best,
@@ -45,7 +43,7 @@ class RejectionSamplingModule(OnlineModule):
         threshold: Score that ``threshold`` asks for, strictly above.
         min_score: Also leave out what does not score more than this, however good it is beside its siblings.
         pool: Learn from the ``last`` iteration's samples, or from the ``best_per_prompt`` of all iterations.
-        kwargs: The settings of :class:`OnlineModule`.
+        kwargs: The settings of :class:`~lightning_align.methods.online.OnlineModule`.
     """
 
     def __init__(
@@ -121,17 +119,11 @@ class RejectionSamplingModule(OnlineModule):
 
     def check_some(self, own: int, scores: Tensor) -> None:
         """Raise where no rank has anything to learn from."""
-        if int(self.all_reduce(torch.tensor(own, device=self.device))):
-            return
-        known = scores[~scores.isnan()].double()
-        seen = "none has a score"
-        if len(known):
-            quantiles = known.quantile(torch.tensor([0.0, 0.5, 0.9, 1.0], dtype=known.dtype, device=known.device))
-            seen = "scores: least {:.3g}, median {:.3g}, 90 % below {:.3g}, best {:.3g}".format(*quantiles.tolist())
-        raise UserError(
-            f"nothing is left of the completions of iteration {self.iteration + 1} ({seen}): lower model.threshold or "
-            "model.min_score, or raise model.samples_per_prompt"
-        )
+        if not self.on_every_rank(own):
+            raise UserError(
+                f"nothing is left of the completions of iteration {self.iteration + 1} ({said_of_scores(scores)}): "
+                "lower model.threshold or model.min_score, or raise model.samples_per_prompt"
+            )
 
     # ------------------------------------------------------------------ pool
     def with_earlier(self, kept: Experience) -> tuple[Experience, Tensor]:
@@ -152,17 +144,6 @@ class RejectionSamplingModule(OnlineModule):
             parts.append(Experience(rollout, kept.scores.new_tensor([best.score])))
             ages.append(self.iteration - best.iteration)
         return concatenate(parts) if parts else kept, torch.tensor(ages, dtype=torch.float32, device=self.device)
-
-    # ------------------------------------------------------------------ loss
-    def minibatch_loss(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:
-        """Token mean of −log p over the kept completions, as in supervised fine-tuning."""
-        mask = experience.completion_mask
-        # at temperature 1, whatever the samples were drawn at: it is the model itself that learns them
-        stats = self.completion_stats(self.model, experience.rollout, entropy=True)
-        assert stats.entropy is not None
-        loss, sums = token_cross_entropy(stats.logp, mask.to(stats.logp.dtype))
-        sums["entropy"] = (stats.entropy.detach().sum(), mask.sum())
-        return loss / normaliser, sums
 
     # ------------------------------------------------------------------ state
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
