@@ -59,7 +59,7 @@ def token_stats(
 ) -> TokenStats:
     """Statistics of the masked tokens under ``model``: log softmax(logits[t − 1] / temperature)[input_ids[t]].
 
-    Differentiable with respect to ``model``, but for ``correct`` and ``mean_logit``; never with respect to ``ref_model``.
+    Differentiable in ``model`` but for ``correct`` and ``mean_logit``; never with respect to ``ref_model``.
 
     Args:
         model: A causal language model of transformers, with adapters in it or without.
