@@ -16,7 +16,7 @@ from lightning_align.rollout.types import Experience, Rollout, concatenate, with
 
 @dataclass
 class Best:
-    """The best completion that a prompt has had.
+    """The best completion that a prompt had in an iteration.
 
     Args:
         ids: Its tokens, the ending one included.
@@ -42,7 +42,8 @@ class RejectionSamplingModule(ImitationModule):
         top_k_kept: How many ``top_k`` keeps.
         threshold: Score that ``threshold`` asks for, strictly above.
         min_score: Also leave out what does not score more than this, however good it is beside its siblings.
-        pool: Learn from the ``last`` iteration's samples, or from the ``best_per_prompt`` of all iterations.
+        pool: Learn from the ``last`` iteration's samples, the ``best_per_prompt`` of all iterations so far, or
+            ``all_best`` ones of every iteration (LLaMA-2, whose first versions forgot with the last alone).
         kwargs: The settings of :class:`~lightning_align.methods.online.OnlineModule`.
     """
 
@@ -55,7 +56,7 @@ class RejectionSamplingModule(ImitationModule):
         top_k_kept: int = 4,
         threshold: float | None = None,
         min_score: float | None = None,
-        pool: Literal["last", "best_per_prompt"] = "best_per_prompt",
+        pool: Literal["last", "best_per_prompt", "all_best"] = "best_per_prompt",
         **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, samples_per_prompt=samples_per_prompt, **kwargs)
@@ -69,7 +70,8 @@ class RejectionSamplingModule(ImitationModule):
         self.top_k_kept = top_k_kept
         self.threshold = threshold
         self.min_score = min_score
-        self.pool: dict[str, Best] | None = {} if pool == "best_per_prompt" else None
+        self.pool_kind = pool
+        self.pool: dict[str, list[Best]] = {}  # by prompt
 
     # ------------------------------------------------------------------ samples to experience
     @torch.no_grad()
@@ -82,7 +84,7 @@ class RejectionSamplingModule(ImitationModule):
         metrics |= self.selection_metrics(rollout, proxy.total, rows)
         everything = Experience(rollout, proxy.total)
         kept = everything.select(rows)
-        if self.pool is not None:
+        if self.pool_kind != "last":
             kept, age = self.with_earlier(kept)
             metrics |= self.ratios(column_sums({"rs/pool_age": age}))
         self.check_some(len(kept), proxy.total)
@@ -127,36 +129,46 @@ class RejectionSamplingModule(ImitationModule):
 
     # ------------------------------------------------------------------ pool
     def with_earlier(self, kept: Experience) -> tuple[Experience, Tensor]:
-        """The best that each prompt has ever had in the place of what is worse, and their ages in iterations."""
-        assert self.pool is not None
+        """With the pool's completions of these prompts, and the ages in iterations of all that is learnt then."""
         scores, ids = kept.scores.tolist(), kept.rollout.completion_ids()
         keys = [prompt_key(kept.rollout, row) for row in range(len(kept))]
         for key, score, completion in self.gather(list(zip(keys, scores, ids, strict=True))):
-            before = self.pool.get(key)
-            if before is None or score > before.score:
-                self.pool[key] = Best(completion, score, self.iteration)
+            self.remember(key, Best(completion, score, self.iteration))
         parts, ages = [], []
         for row, key in enumerate(keys):
-            best = self.pool[key]
-            rollout = kept.rollout.select([row]).cropped()
-            if best.ids != ids[row]:
-                rollout = with_completion(rollout, best.ids)
-            parts.append(Experience(rollout, kept.scores.new_tensor([best.score])))
-            ages.append(self.iteration - best.iteration)
+            if self.pool_kind == "all_best" and key in keys[:row]:
+                continue  # a prompt that was drawn twice has its completions there already
+            for best in self.pool[key]:
+                rollout = kept.rollout.select([row]).cropped()
+                if best.ids != ids[row]:
+                    rollout = with_completion(rollout, best.ids)
+                parts.append(Experience(rollout, kept.scores.new_tensor([best.score])))
+                ages.append(self.iteration - best.iteration)
         return concatenate(parts) if parts else kept, torch.tensor(ages, dtype=torch.float32, device=self.device)
+
+    def remember(self, key: str, best: Best) -> None:
+        """Add to the pool of a prompt, or take the place of what is worse."""
+        earlier = self.pool.setdefault(key, [])
+        if self.pool_kind == "all_best":
+            if all(best.ids != other.ids for other in earlier):
+                earlier.append(best)
+        elif not earlier or best.score > earlier[0].score:
+            self.pool[key] = [best]
 
     # ------------------------------------------------------------------ state
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The pool."""
         super().on_save_checkpoint(checkpoint)
-        pool = self.pool or {}
-        checkpoint["method"]["pool"] = {key: [best.ids, best.score, best.iteration] for key, best in pool.items()}
+        checkpoint["method"]["pool"] = {
+            key: [[best.ids, best.score, best.iteration] for best in bests] for key, bests in self.pool.items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with it."""
         super().on_load_checkpoint(checkpoint)
-        if self.pool is not None:
-            self.pool = {key: Best(*entry) for key, entry in checkpoint["method"]["pool"].items()}
+        if self.pool_kind != "last":
+            pool = checkpoint["method"]["pool"]
+            self.pool = {key: [Best(*entry) for entry in entries] for key, entries in pool.items()}
 
 
 def prompt_key(rollout: Rollout, row: int) -> str:

@@ -78,7 +78,25 @@ def test_rs_3_the_best_score_of_a_prompt_never_falls(
     assert len(best) == 5
     assert max(row["rs/pool_age"] for row in run.rows) > 0
     pool = run.checkpoint()["method"]["pool"]
-    assert sorted(score for _, score, _ in pool.values()) == sorted(best.values())
+    assert sorted(score for ((_, score, _),) in pool.values()) == sorted(best.values())
+
+
+def test_all_best_learns_each_iterations_best_once(world: Any, options: dict[str, Any], experiences: list[Any]) -> None:
+    changes = {"model.iterations": 4, "model.pool": "all_best", "data.path": "@prompt_val.jsonl", "data.batch_size": 5}
+    run = world.fit({**options, **changes})
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    for experience in experiences:
+        now: dict[str, list[tuple[int, ...]]] = {}
+        for record, ids in zip(experience.rollout.records, experience.rollout.completion_ids(), strict=True):
+            now.setdefault(record["prompt"], []).append(tuple(ids))
+        for prompt, learnt in now.items():
+            earlier = seen.get(prompt, [])
+            assert learnt[: len(earlier)] == earlier  # all that was the best of an iteration, in its order
+            assert len(learnt) <= len(earlier) + 1  # and the best of this one
+            assert len(set(learnt)) == len(learnt)
+            seen[prompt] = learnt
+    assert max(map(len, seen.values())) > 1
+    assert sum(map(len, seen.values())) == sum(map(len, run.checkpoint()["method"]["pool"].values()))
 
 
 def test_earlier_completions_are_learnt_with_their_own_tokens(world: Any, options: dict[str, Any]) -> None:
