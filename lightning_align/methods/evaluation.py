@@ -6,6 +6,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+from torch import Tensor
 
 from lightning_align.losses.kl import sequence_kl
 from lightning_align.losses.masked import Metrics
@@ -50,12 +51,14 @@ class Evaluation:
         self.sums: Metrics = {}
         self.samples: list[dict[str, Any]] = []
 
-    def add(self, rollout: Rollout, stats: TokenStats, proxy: Scores, gold: Scores | None) -> None:
-        """Add samples; ``stats`` has their entropies and their exact KL to the reference."""
+    def add(
+        self, rollout: Rollout, stats: TokenStats, proxy: Scores, gold: Scores | None, further: Mapping[str, Tensor]
+    ) -> None:
+        """Add samples; ``stats`` has their entropies and exact KL to the reference, ``further`` other columns."""
         assert stats.kl is not None
         assert stats.entropy is not None
         kl = sequence_kl(stats.kl, rollout.completion_mask)
-        columns = {"lab/kl": kl, **score_columns(proxy, gold)}
+        columns = {"lab/kl": kl, **score_columns(proxy, gold), **further}
         squares = {f"{name}{SQUARED}": values.double() ** 2 for name, values in columns.items()}
         sums = column_sums({**columns, **squares, **length_columns(rollout), **part_columns(proxy)})
         sums["entropy"] = (stats.entropy.sum(), rollout.completion_mask.sum())

@@ -219,7 +219,7 @@ class OnlineModule(SamplingModule):
         """Gradients of one optimiser step, a micro-batch at a time; returns its metrics."""
         normaliser = self.all_reduce(self.divisor(minibatch).float()).clamp(min=1)
         objectives = self.further_objectives()
-        for rows in by_length(minibatch.rollout, self.micro_batch_size):
+        for rows in by_length(minibatch.rollout, self.rows_per_pass()):
             objectives.append(partial(self._micro_loss, minibatch, rows, normaliser))
         sums: Metrics = {}
         for index, objective in enumerate(objectives):
@@ -232,6 +232,10 @@ class OnlineModule(SamplingModule):
 
     def _micro_loss(self, minibatch: Experience, rows: Sequence[int], normaliser: Tensor) -> tuple[Tensor, Metrics]:
         return self.minibatch_loss(minibatch.select(rows).cropped(), normaliser)
+
+    def rows_per_pass(self) -> int:
+        """Completions in a micro-batch that is learnt from."""
+        return self.micro_batch_size
 
     def divisor(self, minibatch: Experience) -> Tensor:
         """What the summed loss is divided by, before it is added up over all ranks: here the number of tokens."""
@@ -272,7 +276,11 @@ class OnlineModule(SamplingModule):
         stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.reference, entropy=True)
         proxy = self.scores(self.frozen.reward, rollout, held_out=True)
         gold = self.scores(self.frozen.gold, rollout, held_out=True) if self.frozen.gold is not None else None
-        self.evaluation.add(rollout, stats, proxy, gold)
+        self.evaluation.add(rollout, stats, proxy, gold, self.held_out_columns(rollout, proxy))
+
+    def held_out_columns(self, rollout: Rollout, proxy: Scores) -> dict[str, Tensor]:
+        """Hook: what else is measured of held-out prompts' completions, by name, each ``[B]``."""
+        return {}
 
     def on_validation_epoch_end(self) -> None:
         """Log the held-out evaluation and its first samples; the step is the iteration."""
