@@ -44,12 +44,12 @@ def read_settings(options: Namespace, found: Sequence[Subject]) -> Settings:
 
 def read_scores(options: Namespace, found: Sequence[Subject]) -> dict[str, Any]:
     """What scores, by name: ``gold`` and ``proxy``, as specifications of rewards."""
-    gold = _spec(options.gold) if options.gold else PLAYGROUND if options.data == PLAYGROUND else None
-    proxy = _spec(options.reward) if options.reward else agreed(found, "reward")
+    gold = read_spec(options.gold) if options.gold else PLAYGROUND if options.data == PLAYGROUND else None
+    proxy = read_spec(options.reward) if options.reward else agreed(found, "reward")
     return {name: spec for name, spec in (("gold", gold), ("proxy", proxy)) if spec is not None}
 
 
-def _spec(text: str) -> str | dict[str, Any]:
+def read_spec(text: str) -> str | dict[str, Any]:
     """A source as it is, or the content of a YAML file."""
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
