@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_align.data.encode import encode_pairs, encode_prompts
 from lightning_align.data.templates import Prompt
 from lightning_align.errors import UserError
+from lightning_align.feedback.journal import key_of
 from lightning_align.models.loading import load_causal_lm, load_tokenizer, max_positions
 from lightning_align.models.logprobs import token_stats
+from lightning_align.models.lora import fingerprint_of_base
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.types import SamplingParams
 
@@ -24,16 +26,28 @@ class Reply:
     Args:
         text: Without special tokens.
         finished: Whether it ended by itself.
+        failed: Whether the model could not be asked, so that the text is empty.
     """
 
     text: str
     finished: bool
+    failed: bool = False
 
 
 class LanguageModel(Protocol):
-    """A model by what it can be asked; ``name`` says which one, in messages and in caches."""
+    """A model by what it can be asked.
+
+    Attributes:
+        name: Which one, in messages.
+        chat: Whether it reads conversations: a question to it is best put as a user's message.
+    """
 
     name: str
+    chat: bool
+
+    def key(self) -> str:
+        """Equal for models that answer alike, for caches."""
+        ...
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
         """``params.num_samples`` replies to every prompt, one seed each; those of a prompt side by side."""
@@ -43,6 +57,7 @@ class LanguageModel(Protocol):
         """Log-probs of each option as the beginning of a reply ``[P, K]`` float32 on the CPU.
 
         An option that another one begins with (1 and 10) counts only where the reply does not go on to be that other.
+        A row is NaN where the model could not be asked.
         """
         ...
 
@@ -71,6 +86,7 @@ class LocalModel:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.chat = tokenizer.chat_template is not None
         self.engine = engine or build_engine("auto", model, tokenizer, max_batch=batch_size)
 
     @classmethod
@@ -80,6 +96,10 @@ class LocalModel:
         model = load_causal_lm(source, tokenizer=tokenizer, dtype=dtype).eval().requires_grad_(False)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         return cls(source, model, tokenizer, batch_size=batch_size)
+
+    def key(self) -> str:
+        """See :meth:`LanguageModel.key`; a hash of samples of the weights, as long as they are frozen."""
+        return key_of(fingerprint_of_base(self.model), str(self.tokenizer.chat_template))
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
         """See :meth:`LanguageModel.sample`; raises :class:`UserError` for a prompt that leaves no room for a reply."""
