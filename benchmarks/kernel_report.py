@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import markdown
+
 HEAD = (
     "op",
     "shape",
@@ -38,9 +40,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['peak_mib']:.1f}",
         )
         body.append((*start, *numbers, *memory, ""))
-    width = [max(map(len, column)) for column in zip(*body, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)) + " |" for row in body]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+    return markdown(body)
 
 
 def figure(rows: list[dict[str, Any]], facts: dict[str, Any], path: Path) -> None:

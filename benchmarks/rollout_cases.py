@@ -22,11 +22,7 @@ Prompts = list[list[int]]
 
 
 def build_policy(ending_probability: float) -> LlamaForCausalLM:
-    """A random Llama of 6.8 M parameters that ends a completion at each token with about this probability.
-
-    All hidden states share a first coordinate, which no layer reads or writes and in which alone the end-of-sequence
-    embedding lies.
-    """
+    """A random Llama of 6.8 M parameters that ends a completion at each token with about this probability."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -43,18 +39,33 @@ def build_policy(ending_probability: float) -> LlamaForCausalLM:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
+    end_with_probability(model, EOS, ending_probability, random_prompts([64] * 16, seed=5))
+    return model
+
+
+def end_with_probability(model: LlamaForCausalLM, eos: int, probability: float, prompts: Prompts) -> None:
+    """Make a random Llama end a completion at each token with about this probability.
+
+    All hidden states share a first coordinate, which no layer reads or writes and in which alone the end-of-sequence
+    embedding lies.
+
+    Args:
+        model: Of tied embeddings.
+        eos: Its end-of-sequence token.
+        probability: Above 0; measured on the prompts.
+        prompts: Of one length.
+    """
     embedding = model.model.embed_tokens.weight
     with torch.no_grad():
         embedding[:, 0] += 2.0
-        embedding[EOS, 1:] = 0.0
+        embedding[eos, 1:] = 0.0
         for layer in model.model.layers:
             layer.input_layernorm.weight[0] = layer.post_attention_layernorm.weight[0] = 0.0
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-        states = model.model(torch.tensor(random_prompts([64] * 16, seed=5))).last_hidden_state
+        states = model.model(torch.tensor(prompts)).last_hidden_state
         logits = model.lm_head(states)
-        wanted = math.log(ending_probability / (1 - ending_probability)) + logits.logsumexp(-1)
-        embedding[EOS, 0] += ((wanted - logits[..., EOS]) / states[..., 0]).mean()
-    return model
+        wanted = math.log(probability / (1 - probability)) + logits.logsumexp(-1)
+        embedding[eos, 0] += ((wanted - logits[..., eos]) / states[..., 0]).mean()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

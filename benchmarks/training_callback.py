@@ -1,4 +1,4 @@
-"""The clock of ``benchmarks.training`` as a callback that a configuration can name."""
+"""The clock of benchmarks against TRL as a callback that a configuration can name."""
 
 from typing import Any
 

@@ -91,9 +91,16 @@ def made_up_pairs(limit: int) -> list[Record]:
     return [{"prompt": "Human:" + text(60), "chosen": text(40), "rejected": text(40)} for _ in range(limit)]
 
 
+def source_pairs(limit: int) -> tuple[list[Record], str]:
+    """Pairs of hh-rlhf where it is, else of generated text; and which of the two."""
+    if HH.exists():
+        return real_pairs(limit), HH.name
+    return made_up_pairs(limit), "generated text"
+
+
 def equal_pairs(tokenizer: PreTrainedTokenizerFast, limit: int) -> list[Record]:
     """Random words: a prompt of 32 tokens and two answers of 96, the one that ends them included."""
-    words = list(_single_tokens(tokenizer))
+    words = list(single_tokens(tokenizer))
     draw = random.Random(1)
 
     def text(count: int) -> str:
@@ -103,7 +110,7 @@ def equal_pairs(tokenizer: PreTrainedTokenizerFast, limit: int) -> list[Record]:
     return [{"prompt": text(PROMPT_TOKENS), "chosen": text(answer), "rejected": text(answer)} for _ in range(limit)]
 
 
-def _single_tokens(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+def single_tokens(tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
     """Words with the space before them that are one token each."""
     for token, index in sorted(tokenizer.get_vocab().items()):
         text = str(tokenizer.decode([index]))
@@ -159,14 +166,15 @@ class World:
         return path
 
 
-def build_world(folder: Path, *, size: int, vocabulary: int, hidden: int, layers: int) -> World:
-    """A random Llama, a tokenizer trained on the records, and ``size`` pairs of each kind (fewer if hh has fewer)."""
-    real = HH.exists()
-    pairs = real_pairs(size) if real else made_up_pairs(size)
-    tokenizer = train_tokenizer(
-        (pair["prompt"] + pair[side] for pair in pairs for side in SIDES), vocab_size=vocabulary, algorithm="bpe"
-    )
-    config = LlamaConfig(
+def tokenizer_of(pairs: Sequence[Record], vocabulary: int) -> PreTrainedTokenizerFast:
+    """BPE trained on prompts and answers."""
+    texts = (pair["prompt"] + pair[side] for pair in pairs for side in SIDES)
+    return train_tokenizer(texts, vocab_size=vocabulary, algorithm="bpe")
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, **options: Any) -> LlamaConfig:
+    """A small Llama with tied embeddings."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=11 * hidden // 4,
@@ -176,7 +184,15 @@ def build_world(folder: Path, *, size: int, vocabulary: int, hidden: int, layers
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **options,
     )
+
+
+def build_world(folder: Path, *, size: int, vocabulary: int, hidden: int, layers: int) -> World:
+    """A random Llama, a tokenizer trained on the records, and ``size`` pairs of each kind (fewer if hh has fewer)."""
+    pairs, kind = source_pairs(size)
+    tokenizer = tokenizer_of(pairs, vocabulary)
+    config = llama_config(tokenizer, hidden=hidden, layers=layers)
     config.num_labels = 1
     torch.manual_seed(0)
     for name, auto_class in (("policy", AutoModelForCausalLM), ("reward", AutoModelForSequenceClassification)):
@@ -188,5 +204,5 @@ def build_world(folder: Path, *, size: int, vocabulary: int, hidden: int, layers
         for lengths, found in chosen.items()
     }
     assert set(tokens[EQUAL]) == {PROMPT_TOKENS + ANSWER_TOKENS}, "words that are one token alone must be so in a row"
-    source = f"{len(chosen[UNEQUAL]):,} of {len(pairs):,} pairs of " + (HH.name if real else "generated text")
+    source = f"{len(chosen[UNEQUAL]):,} of {len(pairs):,} pairs of {kind}"
     return World(folder, source, chosen, tokens, network.num_parameters())

@@ -1,6 +1,6 @@
-"""When the steps of a run began and ended, in a file: both sides of ``benchmarks.training`` write it.
+"""When the steps of a run began and ended, in a file: both sides of a benchmark against TRL write it.
 
-It imports nothing heavy and nothing of this project: TRL's process has this module alone in common with ours.
+It imports nothing heavy and nothing of this project: TRL's process has it in common with ours (and a reward, if any).
 """
 
 import atexit

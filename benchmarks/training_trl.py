@@ -1,9 +1,11 @@
-"""TRL's side of ``benchmarks.training`` as its documentation has it: ``python -m benchmarks.training_trl FILE.json``.
+"""TRL's side of benchmarks as its documentation has it: ``python -m benchmarks.training_trl FILE.json``.
 
-It runs in whatever environment holds TRL and imports nothing of this project but the clock.
+It runs in whatever environment holds TRL and imports nothing of this project but the clock, and the reward of methods
+that have one.
 """
 
 import json
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,7 @@ def main(path: str) -> None:
         args=config,
         train_dataset=load_dataset("json", data_files=settings["data"], split="train"),
         callbacks=[StepClock(clock, Path(settings["logs"]))],
+        **{name: pkgutil.resolve_name(function) for name, function in settings.get("functions", {}).items()},
     )
     trainer.train()
     trainer.save_model()
