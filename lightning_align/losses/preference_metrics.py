@@ -10,6 +10,8 @@ from torch.nn.functional import logsigmoid
 from lightning_align.losses.masked import Metrics, masked_sum
 from lightning_align.losses.preference import Pairs, log_odds_ratio
 
+ROUNDING = 64  # units in the last place
+
 
 @torch.no_grad()
 def pair_sums(
@@ -26,7 +28,8 @@ def pair_sums(
         per_token: Log-probs (and rewards of them) are means over an answer's tokens.
 
     Returns:
-        ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (equal rewards count ½),
+        ``rewards/chosen``, ``rewards/rejected``, ``rewards/margins``, ``rewards/accuracies`` (rewards that are equal
+        but for the rounding of log-probs count ½: at the start, policy and reference are the same),
         ``logps/chosen``, ``logps/rejected``.
     """
     sums = (pairs.chosen_logp, pairs.rejected_logp)
@@ -34,7 +37,9 @@ def pair_sums(
     chosen, rejected = logps if reference_free else (pairs.chosen_ratio, pairs.rejected_ratio)
     counted = weight > 0
     decided = counted & (label != 0.5)
-    hits = 0.5 * (1 + torch.sign(chosen - rejected) * torch.sign(label - 0.5))
+    ahead = chosen - rejected
+    ahead = ahead.where(ahead.abs() > _rounding(pairs), 0.0)
+    hits = 0.5 * (1 + torch.sign(ahead) * torch.sign(label - 0.5))
     total = masked_sum(weight, counted)
 
     def mean_of(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +53,12 @@ def pair_sums(
         "logps/chosen": mean_of(logps[0]),
         "logps/rejected": mean_of(logps[1]),
     }
+
+
+def _rounding(pairs: Pairs) -> Tensor:
+    """What log-probs of these pairs may be off by ``[P]``, however rows are batched."""
+    largest = pairs.chosen_logp.abs().maximum(pairs.rejected_logp.abs())
+    return ROUNDING * torch.finfo(largest.dtype).eps * largest
 
 
 @torch.no_grad()

@@ -80,6 +80,11 @@ GROUPS = {
     **{"model.advantage": "batch_std", "model.kl": "loss", "model.beta": 0.1},
 }
 SELECTED = {"model.samples_per_prompt": 3, "model.num_epochs": 2}
+PAIRS = {"model.samples_per_prompt": 4, "model.num_epochs": 2, "model.missing_eos_penalty": 0.5}
+HINDSIGHT = {
+    **{"model.relabel": "score_bucket", "model.instructions": ["cat : ", "dog : ", "cow : "]},
+    **{"model.samples_per_prompt": 3, "model.num_epochs": 2, "model.buffer_rounds": 2, "model.entropy_coef": 0.1},
+}
 METHODS = {
     "pretrain": Method(
         offline("PretrainModule", "model.yaml", "TextDataModule", "text", **UNPACKED), "loss_weights", packs=True
@@ -93,6 +98,8 @@ METHODS = {
     "kto": Method(offline("DPOModule", "sft", "PreferenceDataModule", "unpaired", **KTO), "weight", smallest=2),
     "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
     "grpo": Method(online("GRPOModule", **GROUPS), "advantages"),
+    "online_dpo": Method(online("OnlineDPOModule", **PAIRS), "ref_logp", smallest=2),
+    "hir": Method(online("HIRModule", **HINDSIGHT), "weights"),
     "rejection": Method(online("RejectionSamplingModule", **SELECTED), "completion_mask"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -333,7 +340,7 @@ def splits(name: str) -> list[dict[str, Any]]:
     """Options that take the same batch in smaller parts, and with recomputed activations."""
     recomputed = {"model.gradient_checkpointing": True}
     if METHODS[name].online:
-        return [{"model.micro_batch_size": 3}, {"model.micro_batch_size": 1, **recomputed}]
+        return [{"model.micro_batch_size": 3}, {"model.micro_batch_size": METHODS[name].smallest, **recomputed}]
     parts = [
         {"data.batch_size": size, "trainer.accumulate_grad_batches": 8 // size} for size in (4, METHODS[name].smallest)
     ]
