@@ -48,7 +48,7 @@ def read_constitution(source: str) -> Constitution:
     rules = _list(source, "principles", read.get("principles"))
     if not rules:
         raise UserError(f"{source}: field principles is empty: give at least one principle")
-    principles = [_principle(source, f"principles[{index}]", rule) for index, rule in enumerate(rules)]
+    principles = [_principle(source, index, rule) for index, rule in enumerate(rules)]
     for index, rule in enumerate(principles):
         if rule.name in [other.name for other in principles[:index]]:
             raise UserError(f"{source}: field principles[{index}].name: {rule.name!r} is there twice, rename one")
@@ -63,9 +63,10 @@ def read_constitution(source: str) -> Constitution:
     )
 
 
-def _principle(source: str, place: str, value: Any) -> Principle:
+def _principle(source: str, index: int, value: Any) -> Principle:
     names = tuple(part.name for part in fields(Principle))
-    read = {"name": place.removeprefix("principles"), **_mapping(source, place, value, names)}
+    place = f"principles[{index}]"
+    read = {"name": str(index + 1), **_mapping(source, place, value, names)}
     return Principle(**{name: _text(source, f"{place}.{name}", read.get(name)) for name in names})
 
 

@@ -153,7 +153,7 @@ class Reviser:
         made = []
         for chain, rule, critique, text, reply in zip(chains, rules, critiques, before, replies, strict=True):
             fault = find_fault(reply, text, constitution.requests, critique)
-            revision = margin(chain.first) + reply.text.strip()
+            revision = (margin(chain.first) if isinstance(chain.prompt, str) else "") + reply.text.strip()
             made.append(Step(rule.name, critique, revision, fault, words(revision) != words(text)))
         return made
 

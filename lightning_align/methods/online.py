@@ -134,7 +134,8 @@ class OnlineModule(SamplingModule):
         }
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self.report(metrics, step=self.iteration)
-        self.recent_kl = [*self.recent_kl, metrics["objective/kl"]][-GUARD_WINDOW:]
+        if "objective/kl" in metrics:  # not where others wrote what is learnt
+            self.recent_kl = [*self.recent_kl, metrics["objective/kl"]][-GUARD_WINDOW:]
         last = self.finished()
         if self.eval_every and (self.iteration % self.eval_every == 0 or last):
             self.evaluate_policy()
