@@ -20,6 +20,7 @@ from lightning_align.methods.lessons import (
     key,
     padded,
     quantiles,
+    satisfaction,
 )
 from lightning_align.methods.measures import column_sums
 from lightning_align.methods.online import OnlineModule
@@ -96,6 +97,19 @@ class HIRModule(OnlineModule):
         self.label_smoothing = label_smoothing
         self.buffer: list[Lesson] = []  # of all processes, in each of them
         self.empty_rounds = 0
+
+    def on_fit_start(self) -> None:
+        """Ready to sample; instructions must differ to the model, which may not know their words."""
+        super().on_fit_start()
+        names = getattr(self.relabel, "instructions", ())
+        ids = encode_prompts(self.tokenizer, names)
+        for place, name in enumerate(names):
+            if ids[place] in ids[:place]:
+                other = names[ids.index(ids[place])]
+                raise UserError(
+                    f"model.instructions {other!r} and {name!r} are the same to the model, whose tokenizer does "
+                    "not know their words: give others"
+                )
 
     # ------------------------------------------------------------------ samples
     def draw(self, batch: Mapping[str, Any], params: SamplingParams, seeds: Sequence[int]) -> Rollout:
@@ -287,9 +301,3 @@ class HIRModule(OnlineModule):
         """Go on with it."""
         super().on_load_checkpoint(checkpoint)
         self.buffer = [Lesson(**lesson) for lesson in checkpoint["method"]["buffer"]]
-
-
-def satisfaction(relabelled: Sequence[Relabelled], device: torch.device) -> Tensor:
-    """1 for what satisfies its prompt, 0 for what does not, NaN where that is not known ``[B]``."""
-    values = [torch.nan if hindsight.satisfied is None else float(hindsight.satisfied) for hindsight in relabelled]
-    return torch.tensor(values, device=device)

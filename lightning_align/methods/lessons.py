@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_align.data.templates import Prompt
-from lightning_align.feedback.relabel import under
+from lightning_align.feedback.relabel import Relabelled, under
 from lightning_align.rollout.types import Experience, Rollout
 
 
@@ -153,3 +153,9 @@ def quantiles(scores: Sequence[float]) -> list[float | None]:
     below: Mapping[float, int] = {score: place for place, score in reversed(list(enumerate(known)))}
     upto: Mapping[float, int] = {score: place + 1 for place, score in enumerate(known)}
     return [None if s != s else (below[s] + upto[s]) / 2 / len(known) for s in scores]
+
+
+def satisfaction(relabelled: Sequence[Relabelled], device: torch.device) -> Tensor:
+    """1 for what satisfies its prompt, 0 for what does not, NaN where that is not known ``[B]``."""
+    values = [torch.nan if hindsight.satisfied is None else float(hindsight.satisfied) for hindsight in relabelled]
+    return torch.tensor(values, device=device)

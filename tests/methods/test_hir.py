@@ -239,6 +239,15 @@ def test_held_out_prompts_are_asked_as_they_were_written(world: Any, options: di
     assert run.row(0, "eval/hir/satisfied")["eval/hir/satisfied"] == pytest.approx(share)
 
 
+def test_instructions_that_the_tokenizer_does_not_tell_apart_are_refused(
+    world: Any, options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["cat : ", "brilliant : ", "abysmal : "]
+    world.fit({**options, "model.relabel": "score_bucket", "model.instructions": names}, code=2)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "model.instructions 'brilliant : ' and 'abysmal : ' are the same to the model" in last
+
+
 # ------------------------------------------------------------------ other instructions
 def lesson(instruction: str, *, negative: str | None = None, query: str | None = None, ids: int = 0) -> Lesson:
     return Lesson(0, instruction, negative, query, 1.0, None, [1, 2], [ids])
