@@ -300,12 +300,16 @@ class SamplingModule(AlignModule):
         self, rollout: Rollout, proxy: Scores, policy: TokenStats, reference: TokenStats
     ) -> dict[str, float]:
         """What every online method logs about an iteration's samples, averaged over all ranks."""
+        kl = sequence_kl(k1(policy.logp, reference.logp), rollout.completion_mask)
+        return self.completion_metrics(rollout, proxy, policy.logp.sum(1), kl)
+
+    def completion_metrics(self, rollout: Rollout, proxy: Scores, logp: Tensor, kl: Tensor) -> dict[str, float]:
+        """The same from log-probs and KLs of whole completions ``[B]``."""
         mask = rollout.completion_mask
-        kl = sequence_kl(k1(policy.logp, reference.logp), mask)
         gold = self.scores(self.frozen.gold, rollout, held_out=True) if self.frozen.gold is not None else None
         columns = {
             "objective/kl": kl,
-            "objective/entropy": -policy.logp.sum(1),
+            "objective/entropy": -logp,
             **score_columns(proxy, gold),
             **length_columns(rollout),
             **part_columns(proxy),

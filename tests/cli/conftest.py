@@ -64,7 +64,7 @@ SHORT: dict[str, list[str]] = {
             *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6"),
             *("--data.playground.size=40", "--data.batch_size=4", "--data.val_path=prompt.jsonl"),
         ]
-        for name in ("grpo", "rejection_sampling")
+        for name in ("grpo", "rejection_sampling", "online_dpo", "rest")
     },
 }
 QUICK = [

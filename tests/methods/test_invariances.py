@@ -42,7 +42,7 @@ class Method:
     @property
     def online(self) -> bool:
         """Whether it makes its own samples."""
-        return "model.iterations" in self.options
+        return self.options["data"] == "PromptDataModule"
 
 
 def offline(model: str, start: str, data: str, records: str, **options: Any) -> dict[str, Any]:
@@ -55,13 +55,14 @@ def offline(model: str, start: str, data: str, records: str, **options: Any) -> 
 
 
 def online(model: str, **options: Any) -> dict[str, Any]:
-    """A run of five iterations."""
-    return {
+    """A run of five iterations; an option that is None is left out."""
+    given = {
         **{"model": model, "model.model": "@sft", "model.learning_rate": 3e-3, "model.reward": "@reward"},
         **{"model.gold": "playground", "model.iterations": 5, "model.max_new_tokens": 8, "model.eval_every": 3},
         **{"data": "PromptDataModule", "data.path": "@prompt.jsonl", "data.val_path": "@prompt_val.jsonl"},
         **{"data.batch_size": 8, **options},
     }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 DROPOUT = {"model.dropout": 0.1}
@@ -80,6 +81,12 @@ GROUPS = {
     **{"model.advantage": "batch_std", "model.kl": "loss", "model.beta": 0.1},
 }
 SELECTED = {"model.samples_per_prompt": 3, "model.num_epochs": 2}
+# three Grow steps of two batches, and two Improve steps each unless the reward does not rise
+GROWN = {
+    **{"model.iterations": None, "model.grow_steps": 3, "model.grow_batches": 2, "model.quantiles": [0.2, 0.5]},
+    **{"model.min_kept": 1, "model.samples_per_prompt": 3, "model.loss": "weighted_bc", "model.eval_every": 1},
+    **{"model.improve_batch_size": 1000, "data.batch_size": 4},
+}
 PAIRS = {"model.samples_per_prompt": 4, "model.num_epochs": 2, "model.missing_eos_penalty": 0.5}
 HINDSIGHT = {
     **{"model.relabel": "score_bucket", "model.instructions": ["cat : ", "dog : ", "cow : "]},
@@ -99,6 +106,7 @@ METHODS = {
     "ppo": Method(online("PPOModule", **ADAPTIVE, **PTX, **{"model.num_ppo_epochs": 2}), "advantages"),
     "grpo": Method(online("GRPOModule", **GROUPS), "advantages"),
     "online_dpo": Method(online("OnlineDPOModule", **PAIRS), "ref_logp", smallest=2),
+    "rest": Method(online("ReSTModule", **GROWN), "advantages"),
     "hir": Method(online("HIRModule", **HINDSIGHT), "weights"),
     "rejection": Method(online("RejectionSamplingModule", **SELECTED), "completion_mask"),
 }
