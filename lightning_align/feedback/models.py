@@ -1,6 +1,6 @@
 """Language models that are asked: for a text, or for how likely they find each of a few replies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,10 +13,12 @@ from lightning_align.data.templates import Prompt
 from lightning_align.errors import UserError
 from lightning_align.feedback.journal import key_of
 from lightning_align.models.loading import load_causal_lm, load_tokenizer, max_positions
-from lightning_align.models.logprobs import token_stats
+from lightning_align.models.logprobs import next_token_logps
 from lightning_align.models.lora import fingerprint_of_base
 from lightning_align.rollout.engine import Engine, build_engine
 from lightning_align.rollout.types import SamplingParams
+
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -131,31 +133,61 @@ class LocalModel:
             [option for _ in prompts for option in options],
             finished=False,
         )
-        self._check_room([pair.input_ids for pair in pairs], 0)
-        rows = [(pair.input_ids, pair.prompt_length) for pair in pairs]
-        replies = [tuple(ids[start:]) for ids, start in rows]
+        replies = [tuple(pair.input_ids[pair.prompt_length :]) for pair in pairs]
         if not all(replies):
             raise UserError(f"model {self.name}: an option among {', '.join(map(repr, options))} has no tokens")
-        logp = self._logps(rows).view(len(prompts), len(options))
+        before = [tuple(pair.input_ids[: pair.prompt_length]) for pair in pairs]
+        if not all(before):
+            raise UserError(f"model {self.name} is asked a question that has no tokens")
+        self._check_room(before, max(map(len, replies)))
+        logp = self._logps(before, replies).view(len(prompts), len(options))
         size = len(options)
         return torch.stack([_exact(logp[p], replies[p * size : (p + 1) * size]) for p in range(len(prompts))])
 
-    def _logps(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-        """Summed log-probs of the tokens from ``start`` on, of rows (ids, start): ``[N]``."""
-        order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
-        result = torch.empty(len(rows))
-        for begin in range(0, len(order), self.batch_size):
-            chosen = order[begin : begin + self.batch_size]
-            width = len(rows[chosen[0]][0])
-            ids = torch.tensor([rows[row][0] + [0] * (width - len(rows[row][0])) for row in chosen])
-            slots = torch.arange(width)
-            lengths = torch.tensor([len(rows[row][0]) for row in chosen])[:, None]
-            starts = torch.tensor([rows[row][1] for row in chosen])[:, None]
-            attention, mask = slots < lengths, (slots >= starts) & (slots < lengths)
-            device = self.model.device
-            stats = token_stats(self.model, ids.to(device), attention.to(device), mask=mask.to(device))
-            result[chosen] = stats.logp.sum(1).float().cpu()
-        return result
+    def _logps(self, before: Sequence[Tokens], replies: Sequence[Tokens]) -> Tensor:
+        """Log-probs of replies after what is before them ``[N]``; beginnings that several share are read once."""
+        wanted: dict[Tokens, set[int]] = {}
+        for start, reply in zip(before, replies, strict=True):
+            for place, token in enumerate(reply):
+                wanted.setdefault(start + reply[:place], set()).add(token)
+        rows = sorted(_rows(wanted).items(), key=lambda row: -len(row[0]))
+        known: dict[tuple[Tokens, int], float] = {}
+        for begin in range(0, len(rows), self.batch_size):
+            known |= self._read(rows[begin : begin + self.batch_size], wanted)
+        return torch.tensor(
+            [
+                sum(known[start + reply[:place], token] for place, token in enumerate(reply))
+                for start, reply in zip(before, replies, strict=True)
+            ]
+        )
+
+    def _read(
+        self, rows: Sequence[tuple[Tokens, list[Tokens]]], wanted: Mapping[Tokens, set[int]]
+    ) -> dict[tuple[Tokens, int], float]:
+        """Log-probs of the wanted tokens after the beginnings of some rows."""
+        width, device = len(rows[0][0]), self.model.device
+        ids = torch.tensor([[*row, *([0] * (width - len(row)))] for row, _ in rows], device=device)
+        attention = torch.tensor([[slot < len(row) for slot in range(width)] for row, _ in rows], device=device)
+        after = torch.zeros_like(attention)
+        for index, (_, beginnings) in enumerate(rows):
+            after[index, [len(beginning) - 1 for beginning in beginnings]] = True
+        logp = next_token_logps(self.model, ids, attention, after=after)
+        read = [beginning for _, beginnings in rows for beginning in beginnings]
+        entries = [(index, token) for index, beginning in enumerate(read) for token in wanted[beginning]]
+        where, tokens = torch.tensor(entries, device=device).unbind(1)
+        values = logp[where, tokens].tolist()
+        return {(read[index], token): value for (index, token), value in zip(entries, values, strict=True)}
+
+
+def _rows(beginnings: Iterable[Tokens]) -> dict[Tokens, list[Tokens]]:
+    """The longest of some beginnings of texts, each with those that it begins with, shortest first."""
+    rows: dict[Tokens, list[Tokens]] = {}
+    row: Tokens = ()
+    for beginning in sorted(beginnings, reverse=True):  # right after those that go on from it
+        if row[: len(beginning)] != beginning:
+            row = beginning
+        rows.setdefault(row, []).insert(0, beginning)
+    return rows
 
 
 def _exact(logp: Tensor, replies: Sequence[tuple[int, ...]]) -> Tensor:

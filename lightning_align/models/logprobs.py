@@ -101,6 +101,22 @@ def token_stats(
     )
 
 
+@torch.no_grad()
+def next_token_logps(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, after: Tensor) -> Tensor:
+    """Log-probs of all tokens of the vocabulary after the tokens of a mask, ``[N, V]`` in the order of the mask.
+
+    Args:
+        model: A causal language model of transformers.
+        input_ids: ``[B, T]``, padded on either side.
+        attention_mask: ``[B, T]``, true for real tokens.
+        after: ``[B, T]``, true for N real tokens; few of them, as their whole distributions are kept.
+    """
+    positions = after.reshape(-1).nonzero()[:, 0] + 1
+    rows, head = _predicting_rows(model, (input_ids, attention_mask, None, None), positions)
+    logits = rows.to(torch.promote_types(rows.dtype, torch.float32)) if head is None else head.logits(rows)
+    return logits.log_softmax(-1)
+
+
 def _row_stats(
     rows: Tensor,
     head: Head | None,

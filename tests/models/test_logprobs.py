@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from align_kernels import _plan, few_logits
 from lightning_align.models import logprobs
-from lightning_align.models.logprobs import head_is_expressible, token_stats
+from lightning_align.models.logprobs import head_is_expressible, next_token_logps, token_stats
 
 Pad = Callable[..., tuple[Tensor, Tensor, Tensor]]
 Make = Callable[..., PreTrainedModel]
@@ -352,3 +352,15 @@ def test_a_wrong_temperature_is_refused(llama: PreTrainedModel) -> None:
     ids = torch.tensor([[3, 4]])
     with pytest.raises(ValueError, match="temperature is 0"):
         token_stats(llama, ids, torch.ones_like(ids), mask=torch.ones_like(ids), temperature=0.0)
+
+
+def test_distributions_after_tokens_are_the_models_own(
+    any_model: PreTrainedModel, sequences: list[list[int]], pad: Pad
+) -> None:
+    for side in ("left", "right"):
+        ids, real, completion = pad(sequences, side, 2)
+        found = next_token_logps(any_model, ids, real, after=completion)
+        assert found.dtype == torch.float32
+        with torch.no_grad():
+            own = [any_model(input_ids=torch.tensor([row])).logits[0, 2:].double().log_softmax(-1) for row in sequences]
+        torch.testing.assert_close(found.double(), torch.cat(own), rtol=0, atol=1e-5)
