@@ -274,7 +274,7 @@ class OnlineModule(SamplingModule):
         """Proxy, gold, and exact sequence KL of one batch of held-out prompts."""
         params = SamplingParams(max_new_tokens=self.sampling.max_new_tokens, stop_strings=self.sampling.stop_strings)
         rollout = self.draw(batch, params, evaluation_seeds(batch, self.seed()))
-        stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.reference, entropy=True)
+        stats = self.stats(self.model, rollout, temperature=1.0, against=self.frozen.origin, entropy=True)
         proxy = self.scores(self.frozen.reward, rollout, held_out=True)
         gold = self.scores(self.frozen.gold, rollout, held_out=True) if self.frozen.gold is not None else None
         self.evaluation.add(rollout, stats, proxy, gold, self.held_out_columns(rollout, proxy))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_align.data.answer_rows import packed_rows
 from lightning_align.errors import UserError, check_options
@@ -26,7 +26,7 @@ from lightning_align.methods.measures import (
 )
 from lightning_align.models.answers import answer_token_stats
 from lightning_align.models.heads import RewardModel
-from lightning_align.models.loading import Parameters
+from lightning_align.models.loading import Parameters, count_parameters, load_causal_lm, load_tokenizer
 from lightning_align.models.logprobs import TokenStats, token_stats
 from lightning_align.models.lora import WithoutAdapter, share_frozen
 from lightning_align.models.masks import keeps_documents_apart
@@ -48,11 +48,18 @@ class Frozen:
     reference: nn.Module | WithoutAdapter
     reward: Reward
     gold: Reward | None
+    initial: PreTrainedModel | None = None  # what ``lab/kl`` is measured to, where it is not the reference
+
+    @property
+    def origin(self) -> nn.Module | WithoutAdapter:
+        """What ``lab/kl`` is measured to."""
+        return self.reference if self.initial is None else self.initial
 
     def to(self, device: torch.device) -> None:
         """Move them all."""
-        if isinstance(self.reference, nn.Module):
-            self.reference.to(device)
+        for network in (self.reference, self.initial):
+            if isinstance(network, nn.Module):
+                network.to(device)
         for reward in (self.reward, self.gold):
             if reward is not None:
                 reward.to(device)
@@ -65,6 +72,8 @@ class SamplingModule(AlignModule):
         reward: What scores a completion: a run, path, hub id, ``package.module.function``, ``file.py:function``,
             ``playground``; or a mapping of name to ``{source, weight}``; or ``parts``, and how to ``combine`` them.
         gold: What is measured but never trained on; the same forms as ``reward``.
+        initial: Model that ``lab/kl`` is measured to, with the policy's tokens: the SFT model where the policy went on
+            from there by another method; null is the policy as it is at the start.
         max_new_tokens: Longest completion in tokens.
         temperature: Sampling temperature; log-probs of policy and reference use the same.
         top_k: Keep the k likeliest tokens when sampling; 0 keeps all.
@@ -85,6 +94,7 @@ class SamplingModule(AlignModule):
         *,
         reward: RewardSpec,
         gold: RewardSpec | None = None,
+        initial: str | None = None,
         max_new_tokens: int = 53,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -109,6 +119,7 @@ class SamplingModule(AlignModule):
                 parse_reward(spec)  # a mistake is said before anything is loaded
         self.reward_spec = reward
         self.gold_spec = gold
+        self.initial = initial
         self.sampling = SamplingParams(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -145,6 +156,7 @@ class SamplingModule(AlignModule):
                 self.build_reference(),
                 build_reward(self.reward_spec),
                 build_reward(self.gold_spec, default_name="gold") if self.gold_spec is not None else None,
+                self.build_initial(),
             )
             for network in learned_networks(self.frozen.reward, self.frozen.gold):
                 self.share_base(network)
@@ -166,6 +178,18 @@ class SamplingModule(AlignModule):
         # not read again: an architecture would be drawn anew
         return copy.deepcopy(self.model).eval().requires_grad_(False)
 
+    def build_initial(self) -> PreTrainedModel | None:
+        """The model that the option names; :class:`UserError` for one with other tokens, to which there is no KL."""
+        if self.initial is None:
+            return None
+        if load_tokenizer(self.initial).get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"model.initial is {self.initial}, which has another vocabulary than {self.source}: there is no KL "
+                "between them"
+            )
+        network = load_causal_lm(self.initial, tokenizer=self.tokenizer, dtype=self.model_dtype)
+        return network.eval().requires_grad_(False)
+
     def share_base(self, network: PreTrainedModel) -> None:
         """Hold the weights that a network has in common with the policy's base once."""
         assert isinstance(self.model, PreTrainedModel)
@@ -177,6 +201,10 @@ class SamplingModule(AlignModule):
         roles = super().parameter_roles()
         if self.lora is None:
             roles["reference"] = roles["policy"]
+        if self.initial is not None:
+            roles["initial"] = count_parameters(
+                self.initial, self.tokenizer, AutoModelForCausalLM, dtype=self.model_dtype
+            )
         for role, spec in (("reward", self.reward_spec), ("gold", self.gold_spec)):
             if spec is None:
                 continue
@@ -196,9 +224,9 @@ class SamplingModule(AlignModule):
         """Move the frozen models to the device and build the sampler."""
         self.frozen.to(self.device)
         assert isinstance(self.model, PreTrainedModel)
-        reference = self.frozen.reference
-        if isinstance(reference, PreTrainedModel) and reference.dtype != self.model.dtype:
-            reference.to(dtype=self.model.dtype)  # type: ignore[call-arg] # trainer.precision has converted the policy
+        for network in (self.frozen.reference, self.frozen.initial):
+            if isinstance(network, PreTrainedModel) and network.dtype != self.model.dtype:
+                network.to(dtype=self.model.dtype)  # type: ignore[call-arg] # trainer.precision has converted the policy
         self.sampler: Engine = build_engine(
             self.engine_name, self.model, self.tokenizer, max_batch=self.rollout_batch_size
         )
@@ -316,6 +344,8 @@ class SamplingModule(AlignModule):
         }
         if self.temperature == 1.0 and not self.sampling.truncates:  # otherwise only the evaluation measures it
             columns["lab/kl"] = kl
+            if self.frozen.initial is not None:
+                columns["lab/kl"] = logp - self.stats(self.frozen.initial, rollout).logp.sum(1)
         sums = column_sums(columns)
         sums["kl/per_token"] = (kl.sum(), mask.sum())
         metrics = with_deviations(self.ratios(sums)) | self.length_metrics(rollout)

@@ -243,3 +243,28 @@ def test_recomputed_activations_are_recomputed(
         world.fit({**ppo_options, "model.iterations": 1, "model.gradient_checkpointing": on})
         counts.append(len(calls))
     assert counts[1] == counts[0] + 2 * 2 * 4  # policy and value model, two layers, four steps
+
+
+def test_kl_can_be_measured_to_another_model_than_the_reference(world: Any, ppo_options: dict[str, Any]) -> None:
+    first = world.fit({**ppo_options, "model.eval_every": 3}, name="gone_ahead")
+    onward = {**ppo_options, "model.model": "@gone_ahead", "model.eval_every": 3, "model.learning_rate": 0.0}
+    own = world.fit(onward)
+    run = world.fit({**onward, "model.initial": "@sft"})
+    reached = first.row(3, "eval/lab/kl")["eval/lab/kl"]
+    assert reached > 1e-3
+    # the same samples, the weights that the first run ended with
+    assert run.row(0, "eval/lab/kl")["eval/lab/kl"] == pytest.approx(reached, rel=1e-4)
+    assert own.row(0, "eval/lab/kl")["eval/lab/kl"] == pytest.approx(0.0, abs=1e-5)
+    for row, other in zip(run.rows, own.rows, strict=True):
+        if "objective/kl" in row:
+            assert row["objective/kl"] == other["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+            assert other["lab/kl"] == other["objective/kl"]
+            assert abs(row["lab/kl"]) > 1e-3
+            assert row["policy/grad_norm"] == other["policy/grad_norm"]  # what is learnt does not depend on it
+
+
+def test_kl_to_a_model_with_other_tokens_is_refused(
+    world: Any, ppo_options: dict[str, Any], bandit: dict[str, Any], capsys: Any
+) -> None:
+    world.fit({**ppo_options, "model.initial": bandit["model.model"]}, code=2)
+    assert "has another vocabulary than" in capsys.readouterr().err
