@@ -64,8 +64,12 @@ SHORT: dict[str, list[str]] = {
             *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6"),
             *("--data.playground.size=40", "--data.batch_size=4", "--data.val_path=prompt.jsonl"),
         ]
-        for name in ("grpo", "rejection_sampling", "online_dpo", "rest")
+        for name in ("grpo", "rejection_sampling", "online_dpo")
     },
+    "rest": [
+        *("--model.grow_steps=1", "--model.grow_batches=1", "--model.min_kept=1", "--model.max_new_tokens=6"),
+        *("--data.playground.size=40", "--data.batch_size=4", "--data.val_path=prompt.jsonl"),
+    ],
 }
 QUICK = [
     *("--run.wandb=disabled", "--data.cache_dir=null", "--trainer.accelerator=cpu"),
