@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from transformers import PreTrainedTokenizerBase
+
+from lightning_align.data.encode import encode_prompts
 from lightning_align.data.templates import Prompt
 from lightning_align.errors import UserError, nearest
 from lightning_align.feedback.relabel_playground import follows, rewritten
@@ -222,6 +225,21 @@ def _check_instructions(name: str, instructions: Sequence[str]) -> None:
         raise UserError(f"model.instructions has {len(instructions)}: model.relabel {name} takes {wanted}")
     if len(set(instructions)) < len(instructions):
         raise UserError("model.instructions has one twice: the model could not tell them apart")
+
+
+def check_told_apart(relabel: Relabel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise :class:`UserError` where two instructions before a prompt are the same tokens, of words not known."""
+    if not isinstance(relabel, Binary | ScoreBucket):
+        return
+    names = list(relabel.instructions)
+    ids = encode_prompts(tokenizer, names)
+    for place, name in enumerate(names):
+        if ids[place] in ids[:place]:
+            other = names[ids.index(ids[place])]
+            raise UserError(
+                f"model.instructions {other!r} and {name!r} are the same to the model, whose tokenizer does not know "
+                "their words: give others"
+            )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_align.data.encode import encode_prompts
 from lightning_align.errors import UserError, check_options
-from lightning_align.feedback.relabel import Conditioned, Feedback, Relabelled, build_relabel, under
+from lightning_align.feedback.relabel import Conditioned, Feedback, Relabelled, build_relabel, check_told_apart, under
 from lightning_align.losses.hindsight import ABSENT, Candidates, hindsight_loss
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.base import AlignModule
@@ -101,15 +101,7 @@ class HIRModule(OnlineModule):
     def on_fit_start(self) -> None:
         """Ready to sample; instructions must differ to the model, which may not know their words."""
         super().on_fit_start()
-        names = getattr(self.relabel, "instructions", ())
-        ids = encode_prompts(self.tokenizer, names)
-        for place, name in enumerate(names):
-            if ids[place] in ids[:place]:
-                other = names[ids.index(ids[place])]
-                raise UserError(
-                    f"model.instructions {other!r} and {name!r} are the same to the model, whose tokenizer does "
-                    "not know their words: give others"
-                )
+        check_told_apart(self.relabel, self.tokenizer)
 
     # ------------------------------------------------------------------ samples
     def draw(self, batch: Mapping[str, Any], params: SamplingParams, seeds: Sequence[int]) -> Rollout:
@@ -135,17 +127,18 @@ class HIRModule(OnlineModule):
         lessons = self.lessons(rollout, proxy, relabelled)
         satisfied = satisfaction(relabelled, self.device)
         found = torch.tensor([float(hindsight.instruction is not None) for hindsight in relabelled], device=self.device)
-        learnt = (satisfied.new_tensor(len(lessons)), satisfied.new_tensor(len(rollout)))
+        learnt = (found.new_tensor(len(lessons)), found.new_tensor(len(rollout)))
         columns = {"hir/satisfied_before": satisfied, "hir/relabelled_fraction": found}
         metrics |= self.ratios({**column_sums(columns), "hir/learnt_fraction": learnt})
-        oldest = self.iteration - self.buffer_rounds + 1
-        self.buffer = [lesson for lesson in self.buffer if lesson.iteration >= oldest] + self.gather(lessons)
+        kept = [lesson for lesson in self.buffer if lesson.iteration > self.iteration - self.buffer_rounds]
+        self.buffer = kept + self.gather(lessons)
         self.check_some(metrics)
         own = self.buffer[self.trainer.global_rank :: self.trainer.world_size]
         negatives = self.negatives(own)
         candidates = torch.tensor([1.0 + len(others) for others in negatives], device=self.device)
-        metrics |= self.ratios(column_sums({"hir/candidates": candidates}))
-        metrics["hir/buffer_size"] = float(len(self.buffer))
+        metrics |= self.ratios(column_sums({"hir/candidates": candidates})) | {
+            "hir/buffer_size": float(len(self.buffer))
+        }
         filler = self.buffer[0] if self.buffer else self.lesson(rollout, 0, Relabelled(""), None)
         experience = as_experience(own, negatives, filler=filler, rows=self.num_mini_batches, device=self.device)
         return experience, metrics
@@ -225,7 +218,7 @@ class HIRModule(OnlineModule):
                 "prompt: give model.satisfied_above, a score"
             )
         self.empty_rounds = 0 if self.buffer else self.empty_rounds + 1
-        if self.buffer:
+        if not self.empty_rounds:
             return
         shares = ", ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name.startswith("hir/"))
         said = f"no completion is left to learn from ({shares})"
