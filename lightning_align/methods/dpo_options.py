@@ -43,6 +43,19 @@ def build_objective(
     return PairObjective(terms, rpo_alpha=options["rpo_alpha"])
 
 
+def pair_objective(name: str, **options: Any) -> PairObjective:
+    """A single loss of pairs, for methods that make pairs of their samples.
+
+    Raises:
+        UserError: If there is none of that name, or it brings a likelihood term along, which is of other data.
+    """
+    if name == KTO or name in NLL_OPTION:
+        raise UserError(f"the loss {name} is not of pairs alone: give sigmoid, ipo, or another of docs/dpo.md")
+    objective = build_objective([name], None, {**UNSET, **options})
+    assert isinstance(objective, PairObjective)
+    return objective
+
+
 def check_reference(reference: str, names: Sequence[str], cache: str | None) -> str:
     """What log-probs are compared with: ``model``, ``cached`` or ``none``.
 

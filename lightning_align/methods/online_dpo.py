@@ -6,11 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_align.errors import UserError, check_options
+from lightning_align.errors import check_options
 from lightning_align.losses.masked import Metrics
-from lightning_align.losses.preference import NLL_OPTION
-from lightning_align.methods.dpo_objectives import PairObjective
-from lightning_align.methods.dpo_options import KTO, UNSET, build_objective
+from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.measures import column_sums, truncated
 from lightning_align.methods.online import OnlineModule
 from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
@@ -60,13 +58,7 @@ class OnlineDPOModule(OnlineModule):
                 "above 0: it is subtracted",
             ),
         )
-        if loss_type == KTO or loss_type in NLL_OPTION:
-            raise UserError(
-                f"model.loss_type is {loss_type}: online DPO has the losses of pairs without a likelihood term"
-            )
-        objective = build_objective([loss_type], None, {**UNSET, "beta": beta, "label_smoothing": label_smoothing})
-        assert isinstance(objective, PairObjective)
-        self.objective = objective
+        self.objective = pair_objective(loss_type, beta=beta, label_smoothing=label_smoothing)
         self.missing_eos_penalty = missing_eos_penalty
 
     @torch.no_grad()

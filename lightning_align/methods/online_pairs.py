@@ -1,5 +1,7 @@
 """From samples to pairs that any preference loss can learn from."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,24 +12,25 @@ from lightning_align.models.answers import AnswerStats
 from lightning_align.rollout.types import Experience, Rollout
 
 
-def best_and_worst(scores: Tensor, rollout: Rollout) -> tuple[list[int], int]:
+def best_and_worst(scores: Tensor, rollout: Rollout, *, above: float | Tensor = -math.inf) -> tuple[list[int], int]:
     """Rows of a pair for each prompt, the best of its completions before the worst.
 
     Args:
         scores: Of completions ``[B]``; those that are NaN have none.
         rollout: The completions.
+        above: What the best must score more than, one or ``[B]``.
 
     Returns:
-        The rows, and the number of prompts without a pair: fewer than two scores, or all equal.
+        The rows, and the number of prompts without a pair: fewer than two scores, all equal, or none high enough.
     """
-    values = scores.tolist()
+    values, high = scores.tolist(), (scores > above).tolist()
     rows: list[int] = []
     prompts = rollout.rows_of_prompts()
     for group in prompts:
         scored = [row for row in group if values[row] == values[row]]
         if scored:
             best, worst = max(scored, key=values.__getitem__), min(scored, key=values.__getitem__)
-            rows += [best, worst] if values[best] > values[worst] else []
+            rows += [best, worst] if values[best] > values[worst] and high[best] else []
     return rows, len(prompts) - len(rows) // 2
 
 
@@ -39,7 +42,8 @@ def pair_loss(
     Args:
         module: Whose policy learns.
         objective: The loss.
-        pairs: Two completions of each prompt with ``ref_logp``; the one that scores more is the better one.
+        pairs: Two completions of each prompt; the one that scores more is the better one. ``ref_logp`` is of tokens
+            ``[B, T]`` or of whole completions ``[B]``.
         normaliser: Number of pairs of the global minibatch.
     """
     loss, sums = objective.loss(_Answers(module, pairs), _batch(pairs, normaliser))
@@ -88,5 +92,7 @@ class _Answers:
         mask = self.pairs.completion_mask
         entropy = None if stats.entropy is None else stats.entropy.sum(1)
         assert self.pairs.ref_logp is not None
-        reference = masked_sum(self.pairs.ref_logp, mask, 1)
+        reference = self.pairs.ref_logp
+        if reference.ndim == 2:
+            reference = masked_sum(reference, mask, 1)
         return AnswerStats(stats.logp.sum(1), mask.sum(1).to(stats.logp.dtype), entropy, None), reference

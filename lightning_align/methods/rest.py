@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_align.data.loader import endless
-from lightning_align.errors import UserError, check_options
+from lightning_align.errors import UserError, check_options, nearest
 from lightning_align.feedback.journal import Journal
 from lightning_align.losses.masked import Metrics
+from lightning_align.losses.preference import LOSSES
 from lightning_align.losses.rest import ImproveLoss, improve_loss, reward_weights
+from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.grown import experience_of, rows_of
 from lightning_align.methods.imitation import ImitationModule, said_of_scores
+from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
 from lightning_align.rollout.types import Experience
 
 FOLDER = "grown"  # of the run, with one file of samples for each Grow step
@@ -39,9 +43,11 @@ class ReSTModule(ImitationModule):
         max_per_prompt: Keep at most so many completions of a prompt, the best; null for all. ReST-EM: 10.
         min_kept: An Improve step that would keep fewer is left out, with those after it.
         loss: ``bc`` (supervised fine-tuning), ``weighted_bc`` (weights exp((R − τ)/T)), ``v_mpo`` (the better half,
-            weights exp(R/T)) or ``gold`` (tokens that the policy finds unlikely weigh less).
+            weights exp(R/T)), ``gold`` (tokens that the policy finds unlikely weigh less), or a loss of pairs, such as
+            ``sigmoid`` or ``ipo``: each prompt's best completion, if it is kept, against its worst.
         loss_temperature: T, in units of the reward.
         gold_power: Power of the probability in ``gold``.
+        beta: Strength of the pull to the reference in a loss of pairs; null is the loss's own.
         improve_batch_size: Completions in an optimiser step, over all processes.
         init: Whether a Grow step's first Improve begins with the ``previous`` weights or with those of the ``base``,
             the model at the start (ReST-EM).
@@ -63,9 +69,10 @@ class ReSTModule(ImitationModule):
         scope: Literal["global", "per_prompt"] = "global",
         max_per_prompt: int | None = None,
         min_kept: int = 64,
-        loss: ImproveLoss = "bc",
+        loss: str = "bc",
         loss_temperature: float = 1.0,
         gold_power: float = 1.0,
+        beta: float | None = None,
         improve_batch_size: int = 64,
         init: Literal["previous", "base"] = "previous",
         stop_when_worse: bool = True,
@@ -99,6 +106,13 @@ class ReSTModule(ImitationModule):
             ("max_per_prompt", max_per_prompt, max_per_prompt is None or max_per_prompt >= 1, "at least 1, or null"),
             ("min_kept", min_kept, min_kept >= 1, "at least 1"),
             ("loss_temperature", loss_temperature, 0 < loss_temperature < math.inf, "a number above 0"),
+            ("beta", beta, beta is None or 0 < beta < math.inf, "a number above 0"),
+            (
+                "samples_per_prompt",
+                samples_per_prompt,
+                samples_per_prompt >= 2 or loss in get_args(ImproveLoss),
+                "at least 2",
+            ),
             ("gold_power", gold_power, 0 < gold_power < math.inf, "a number above 0"),
             ("improve_batch_size", improve_batch_size, improve_batch_size >= 1, "at least 1"),
             ("stop_when_worse", stop_when_worse, not stop_when_worse or eval_every <= 1, "false, or eval_every 1"),
@@ -110,7 +124,13 @@ class ReSTModule(ImitationModule):
         self.scope = scope
         self.max_per_prompt = max_per_prompt
         self.min_kept = min_kept
-        self.loss_name: ImproveLoss = loss
+        known = [*get_args(ImproveLoss), *LOSSES]
+        if loss not in known:
+            raise UserError(f"unknown model.loss '{loss}'{nearest(loss, known)} (there are {', '.join(known)})")
+        self.pairs = None if loss in get_args(ImproveLoss) else pair_objective(loss, beta=beta)
+        if self.pairs is None and beta is not None:
+            raise UserError(f"model.beta is {beta}, but loss {loss} does not use it: leave it out")
+        self.loss_name: Any = loss
         self.loss_temperature = loss_temperature
         self.gold_power = gold_power if loss == "gold" else 0.0
         self.improve_batch_size = improve_batch_size
@@ -189,7 +209,11 @@ class ReSTModule(ImitationModule):
                 f"({said_of_scores(scores)}): lower it, or raise model.samples_per_prompt"
             )
         weights = reward_weights(
-            kept, self.loss_name, everyone=everyone, threshold=thresholds[rows], temperature=self.loss_temperature
+            kept,
+            "bc" if self.pairs is not None else self.loss_name,
+            everyone=everyone,
+            threshold=thresholds[rows],
+            temperature=self.loss_temperature,
         )
         covered = len(self.grown.rollout.prompt_index[rows].unique())
         metrics |= self.ratios(
@@ -204,11 +228,12 @@ class ReSTModule(ImitationModule):
             }
         )
         metrics |= {"rest/grow": float(self.grow + 1), "rest/improve": float(self.improve + 1)}
-        chosen = Experience(self.grown.rollout.select(rows), kept, advantages=weights)
-        if not len(chosen):
-            everything = Experience(self.grown.rollout, scores, advantages=torch.zeros_like(scores))
-            return everything.without_learning(), metrics
-        return chosen, metrics
+        if self.pairs is not None:
+            rows, _ = best_and_worst(scores, self.grown.rollout, above=thresholds)
+            return (self.grown.select(rows) if rows else self.grown.select([0, 1]).without_learning()), metrics
+        if not rows:
+            return replace(self.grown, advantages=torch.zeros_like(scores)).without_learning(), metrics
+        return replace(self.grown.select(rows), advantages=weights), metrics
 
     def kept(self, improve: int) -> tuple[list[int], Tensor]:
         """Rows above an Improve step's threshold, and the threshold of every row ``[B]``; NaN is above none."""
@@ -240,12 +265,16 @@ class ReSTModule(ImitationModule):
         return super().learn(experience)
 
     def divisor(self, minibatch: Experience) -> Tensor:
-        """Σ of the weights over tokens."""
+        """Σ of the weights over tokens; with a loss of pairs their number."""
+        if self.pairs is not None:
+            return number_of_pairs(minibatch)
         assert minibatch.advantages is not None
         return (minibatch.advantages * minibatch.completion_mask.sum(1)).sum()
 
     def minibatch_loss(self, experience: Experience, normaliser: Tensor) -> tuple[Tensor, Metrics]:
-        """Weighted supervised fine-tuning."""
+        """Weighted supervised fine-tuning, or a preference loss."""
+        if self.pairs is not None:
+            return pair_loss(self, self.pairs, experience, normaliser)
         assert experience.advantages is not None
         mask = experience.completion_mask
         stats = self.completion_stats(self.model, experience.rollout, entropy=True)

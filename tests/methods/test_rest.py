@@ -255,6 +255,27 @@ def test_where_the_held_out_reward_does_not_rise_the_best_weights_are_gone_on_fr
     assert not torch.equal(run.checkpoint()["state_dict"]["model.model.norm.weight"], start["model.norm.weight"])
 
 
+def test_a_loss_of_pairs_sets_the_best_that_is_kept_against_the_worst(
+    world: Any, options: dict[str, Any], experiences: list[Any]
+) -> None:
+    run = world.fit({**options, "model.loss": "sigmoid", "model.beta": 0.5})
+    for number, (experience, row) in enumerate(
+        zip(experiences, [row for row in run.rows if "rest/threshold" in row], strict=True)
+    ):
+        samples = grown(run, 1 + number // 2)
+        expected = []
+        for start in range(0, 24, 4):
+            group = samples[start : start + 4]
+            best, worst = (pick(group, key=lambda sample: sample["score"]) for pick in (max, min))
+            if best["score"] > worst["score"] and best["score"] > row["rest/threshold"]:
+                expected += [best["completion_ids"], worst["completion_ids"]]
+        assert experience.rollout.completion_ids() == expected
+    first, second = (row for row in run.rows if row.get("rest/grow") == 1)
+    # reference and policy are the same before the first step: ln 2, and then the margins rise
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert second["rewards/margins"] > first["rewards/margins"]
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.5, 0.99])
 def test_quantile_is_torchs(count: int, level: float) -> None:
@@ -274,6 +295,10 @@ def test_quantile_is_torchs(count: int, level: float) -> None:
         ({"grow_batches": 0}, "model.grow_batches is 0"),
         ({"max_per_prompt": 0}, "model.max_per_prompt is 0"),
         ({"stop_when_worse": True, "eval_every": 2}, "model.stop_when_worse is True: give false, or eval_every 1"),
+        ({"beta": 0.1}, "model.beta is 0.1, but loss bc does not use it"),
+        ({"loss": "kto"}, "the loss kto is not of pairs alone"),
+        ({"loss": "cloning"}, "unknown model.loss 'cloning'"),
+        ({"loss": "ipo", "samples_per_prompt": 1}, "model.samples_per_prompt is 1: give at least 2"),
         ({"loss_temperature": 0.0}, "model.loss_temperature is 0.0"),
     ],
 )
