@@ -296,7 +296,7 @@ def test_quantile_is_torchs(count: int, level: float) -> None:
         ({"max_per_prompt": 0}, "model.max_per_prompt is 0"),
         ({"stop_when_worse": True, "eval_every": 2}, "model.stop_when_worse is True: give false, or eval_every 1"),
         ({"beta": 0.1}, "model.beta is 0.1, but loss bc does not use it"),
-        ({"loss": "kto"}, "the loss kto is not of pairs alone"),
+        ({"loss": "orpo"}, "the loss orpo is not of pairs alone"),
         ({"loss": "cloning"}, "unknown model.loss 'cloning'"),
         ({"loss": "ipo", "samples_per_prompt": 1}, "model.samples_per_prompt is 1: give at least 2"),
         ({"loss_temperature": 0.0}, "model.loss_temperature is 0.0"),
