@@ -1,4 +1,4 @@
-"""Every recipe for large models resolves, is planned as it stands on a tiny one, and says where its numbers come from."""
+"""Every recipe for large models resolves, is planned as it stands on a tiny one, and names its sources."""
 
 import json
 import re
