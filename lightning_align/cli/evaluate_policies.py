@@ -13,7 +13,7 @@ from lightning_align.cli.evaluate_options import choose_judge, read_demonstratio
 from lightning_align.cli.evaluate_tables import policy_tables
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.heldout import heldout_metrics
-from lightning_align.lab.evaluation.policies import compare, control_length, sample_metrics
+from lightning_align.lab.evaluation.policies import best_of, compare, control_length, sample_metrics
 from lightning_align.lab.evaluation.rewards import subsets
 from lightning_align.lab.evaluation.sampling import Policy, Prompts, Samples, Settings, gathered, score_columns
 from lightning_align.lab.evaluation.subjects import Subject, place_of
@@ -150,6 +150,7 @@ def measure(subject: Subject, plan: Plan, reference: str | None, *, stream: int 
             }
             for field, values in plan.by.items()
         },
+        "best_of": best_of(samples, seed=settings.seed),
         "notes": notes,
     }
     return row, samples

@@ -18,6 +18,8 @@ def policy_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """What counts, a row per policy with intervals; what else was measured; and scores by subset."""
     names = short_names([row["model"] for row in rows])
     tables = [_scores(rows, names), _more(rows, names)]
+    if any(row["best_of"] for row in rows):
+        tables.append(_best_of(rows, names))
     if any(row["by"] for row in rows):
         tables.append(_subsets(rows, names))
     return tables
@@ -44,6 +46,16 @@ def _more(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
         if any(metric in row["metrics"] for row in rows):
             values = [row["metrics"].get(metric, {}).get("value") for row in rows]
             table.add_row(metric.replace("_", " "), *("" if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
+def _best_of(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    shown = [name for name in SCORES if any(name in best for row in rows for best in row["best_of"])]
+    table = _table("policy", "best of", *shown, "KL at most")
+    for name, row in zip(names, rows, strict=True):
+        for best in row["best_of"]:
+            cells = [text(best.get(column)) for column in shown]
+            table.add_row(name, str(best["n"]), *cells, f"{best['kl_bound']:.3f}")
     return table
 
 

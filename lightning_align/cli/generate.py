@@ -6,10 +6,13 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_align.cli.generate_best import BestOf
 
 BATCH = 64  # prompts of a file that are sampled together
 
@@ -23,6 +26,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--temperature is 0: give one above 0, or --greedy for the likeliest token")
     if options.rollout_batch_size < 1:
         raise UserError(f"--rollout_batch_size is {options.rollout_batch_size}: give at least 1")
+    _check_best_of(options)
     if options.file is not None and not options.file.is_file():
         raise UserError(f"file {options.file} does not exist (--file)")
     if options.out is not None:
@@ -37,6 +41,22 @@ def main(argv: list[str]) -> int:
     else:
         write(sampler, options)
     return 0
+
+
+def _check_best_of(options: Namespace) -> None:
+    """Raise :class:`UserError` for options that do not go with a choice, or without one."""
+    if options.best_of is None:
+        if options.reward is not None:
+            raise UserError("--reward chooses among completions: give --best-of too, how many are drawn of each prompt")
+        return
+    if options.best_of < 2:
+        raise UserError(f"--best-of is {options.best_of}: give at least 2, there is nothing to choose from fewer")
+    if options.reward is None:
+        raise UserError("--best-of needs --reward, what scores: a run, path, hub id, function or playground")
+    if options.num_samples != 1:
+        raise UserError("--best-of gives one completion of each prompt: leave --num_samples out")
+    if options.greedy:
+        raise UserError("--greedy makes all completions of a prompt equal: leave it or --best-of out")
 
 
 def _parser() -> OptionParser:
@@ -55,6 +75,11 @@ def _parser() -> OptionParser:
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--min_p", type=float, default=0.0)
     parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--best-of", type=int, metavar="N", help="draw N samples of each prompt, keep the best")
+    parser.add_argument(
+        "--reward",
+        help="what --best-of chooses by: a run, path, hub id, function, playground, YAML of a composition",
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token instead of a drawn one")
     parser.add_argument("--stop_strings", nargs="*", default=[], help="texts that end a completion")
     parser.add_argument("--engine", choices=("auto", "static", "generate"), default="auto")
@@ -80,66 +105,85 @@ class Sampler:
             top_k=options.top_k,
             top_p=options.top_p,
             min_p=options.min_p,
-            num_samples=options.num_samples,
+            num_samples=options.best_of or options.num_samples,
             greedy=options.greedy,
             stop_strings=tuple(options.stop_strings),
         )
         self.tokenizer = load_tokenizer(options.model)
         model = load_causal_lm(options.model, tokenizer=self.tokenizer, dtype=options.dtype).eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
         self.engine = build_engine(options.engine, model, self.tokenizer, max_batch=options.rollout_batch_size)
+        self.best_of: BestOf | None = None
+        if options.best_of is not None:
+            from lightning_align.cli import generate_best
+
+            self.best_of = generate_best.BestOf(options.best_of, options.reward, device)
         self.next_seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
 
-    def complete(self, prompts: list[Any]) -> list[dict[str, Any]]:
-        """One row per completion: ``prompt``, ``completion``, ``finish_reason``."""
+    def complete(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One row per completion: ``prompt``, ``completion``, ``finish_reason``, and of the best of several its scores.
+
+        Args:
+            records: With ``prompt``, and further columns that a reward may read.
+        """
         from lightning_align.data.encode import encode_prompt
 
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        ids = [encode_prompt(self.tokenizer, record["prompt"]) for record in records]
         unknown = self.tokenizer.unk_token_id
         if unknown not in (None, self.tokenizer.eos_token_id) and any(unknown in row for row in ids):
             strange = sum(unknown in row for row in ids)
             warnings.warn(f"{strange} of {len(ids)} prompts have words that the tokenizer does not know", stacklevel=2)
-        count = len(prompts) * self.params.num_samples
+        count = len(records) * self.params.num_samples
         seeds = range(self.next_seed, self.next_seed + count)
         self.next_seed += count
-        records = [{"prompt": prompt} for prompt in prompts]
         rollout = self.engine.generate(ids, self.params, seeds=seeds, records=records)
-        rows = zip(rollout.records, rollout.completions, rollout.finish_reason, strict=True)
-        return [
-            {"prompt": record["prompt"], "completion": text, "finish_reason": reason} for record, text, reason in rows
+        drawn = zip(rollout.records, rollout.completions, rollout.finish_reason, strict=True)
+        rows = [
+            {"prompt": record["prompt"], "completion": text, "finish_reason": reason} for record, text, reason in drawn
         ]
+        if self.best_of is None:
+            return rows
+        return [rows[index] | scores for index, scores in self.best_of.choose(rollout).items()]
 
 
 def write(sampler: Sampler, options: Namespace) -> None:
     """Complete the prompt or the file's prompts."""
     from lightning_align.data.writers import write_records
 
-    prompts = list(_prompts(options))
+    records = list(_records(options))
     rows = []
-    for start in range(0, len(prompts), BATCH):
-        for row in sampler.complete(prompts[start : start + BATCH]):
+    for start in range(0, len(records), BATCH):
+        for row in sampler.complete(records[start : start + BATCH]):
             if options.out is not None:
                 rows.append(row)
-            elif options.prompt is not None:
-                print(row["completion"])
-            else:
-                print(f"{_last(row['prompt'])}\n  → {row['completion']}")
+                continue
+            print(
+                row["completion"] if options.prompt is not None else f"{_last(row['prompt'])}\n  → {row['completion']}"
+            )
+            if "score" in row:
+                print(f"  score {row['score']:.4g}, mean of {row['n']} {row['mean_score']:.4g}")
+    if sampler.best_of is not None:
+        sampler.best_of.report()
     if options.out is not None:
         write_records(rows, options.out, overwrite=options.overwrite)
         print(f"wrote {len(rows):,} completions to {options.out}")
 
 
-def _prompts(options: Namespace) -> Iterator[Any]:
+def _records(options: Namespace) -> Iterator[dict[str, Any]]:
     if options.prompt is not None:
-        found: list[Any] = [options.prompt]
+        found: list[dict[str, Any]] = [{"prompt": options.prompt}]
     elif options.file.suffix == ".txt":
-        found = [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = options.file.read_text(encoding="utf-8").splitlines()
+        found = [{"prompt": line} for line in lines if line.strip()]
     else:
         from lightning_align.data.readers import load_records
 
-        found = [record["prompt"] for record in load_records(str(options.file), "prompt")[0]]
-    for prompt in found:
-        yield [{"role": "user", "content": prompt}] if options.chat and isinstance(prompt, str) else prompt
+        found = load_records(str(options.file), "prompt")[0]
+    for record in found:
+        prompt = record["prompt"]
+        chat = options.chat and isinstance(prompt, str)
+        yield {**record, "prompt": [{"role": "user", "content": prompt}]} if chat else record
 
 
 def _last(prompt: Any) -> str:
@@ -162,7 +206,7 @@ def converse(sampler: Sampler) -> None:
         if not text.strip():
             break
         messages.append({"role": "user", "content": text})
-        rows = sampler.complete([list(messages) if chat else text])
+        rows = sampler.complete([{"prompt": list(messages) if chat else text}])
         for row in rows:
             print(row["completion"])
         messages.append({"role": "assistant", "content": rows[0]["completion"]})

@@ -97,6 +97,23 @@ def test_win_rates(scratch: Any) -> None:
     assert tied["policies"][0]["against"]["length_controlled_win_rate"]["value"] == pytest.approx(0.5)
 
 
+def test_the_best_of_n_by_the_proxy(scratch: Any) -> None:
+    words = ["--model", "runs/sft", "--reward", "runs/reward", *DATA, "--limit=6", "--max_new_tokens=6"]
+    answer = scratch.done("evaluate", *words, "--num_samples=5", "--out=best.json")
+    (row,) = json.loads((scratch.root / "best.json").read_text())["policies"]
+    assert [best["n"] for best in row["best_of"]] == [1, 2, 4]
+    for name in ("proxy", "gold"):
+        assert row["best_of"][0][name]["value"] == pytest.approx(row["metrics"][name]["value"])
+    proxies = [best["proxy"]["value"] for best in row["best_of"]]
+    assert proxies == sorted(proxies)
+    assert proxies[0] < proxies[-1]
+    assert row["best_of"][0]["kl_bound"] == 0
+    assert "best of" in answer.out
+    assert f"{row['best_of'][2]['kl_bound']:.3f}" in answer.out
+    one = evaluated(scratch, *words, "--num_samples=1")
+    assert one["policies"][0]["best_of"] == []
+
+
 def test_a_comparison_of_different_starts_takes_the_other_sides_own(scratch: Any) -> None:
     content = evaluated(scratch, "--model", "runs/sft", "runs/ppo", "--against", "runs/dpo", *DATA, *FEW)
     first, second, last = (row["reference"] for row in content["policies"])

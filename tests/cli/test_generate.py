@@ -43,6 +43,77 @@ def test_files_of_prompts(scratch: Any) -> None:
     assert [row["prompt"] for row in rows[::2]] == asked
 
 
+LETTERS = """
+def letters(prompts, completions, bonus, **_):
+    return [None if text == "" else len(text) + extra for text, extra in zip(completions, bonus)]
+
+
+def nothing(completions, **_):
+    return [None] * len(completions)
+
+
+def first_prompt(prompts, completions, **_):
+    return [len(text) if "a b" in prompt else None for prompt, text in zip(prompts, completions)]
+"""
+
+
+def test_the_best_of_several_is_the_one_that_the_reward_likes_best(scratch: Any) -> None:
+    scratch.write("rewards.py", LETTERS)
+    scratch.write("asked.jsonl", [{"prompt": PROMPT, "bonus": 1}, {"prompt": "sort these words : a b", "bonus": 100}])
+    words = [*MODEL, "--file=asked.jsonl", "--seed=3"]
+    scratch.done(*words, "--num_samples=6", "--out=all.jsonl")
+    answer = scratch.done(*words, "--best-of=6", "--reward=rewards.py:letters", "--out=best.jsonl")
+    assert answer.out == "wrote 2 completions to best.jsonl\n"
+    drawn, best = (
+        [json.loads(line) for line in (scratch.root / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("all", "best")
+    )
+    means = []
+    for index, row in enumerate(best):
+        texts = [other["completion"] for other in drawn[6 * index : 6 * index + 6]]
+        scores = [len(text) + (1, 100)[index] for text in texts if text]
+        means.append(sum(scores) / len(scores))
+        assert row["completion"] == max(texts, key=len)
+        assert row["score"] == max(scores)
+        assert row["mean_score"] == pytest.approx(means[-1])
+        assert row["n"] == len(scores)
+        assert set(row) == {"prompt", "completion", "finish_reason", "score", "mean_score", "n"}
+    mean = sum(row["score"] for row in best) / 2
+    assert (
+        f"best of 6 by rewards.py:letters: mean score {mean:.4g}, of all completions {sum(means) / 2:.4g}" in answer.err
+    )
+    assert "at most 0.958 nats from the distribution that is sampled" in answer.err  # log 6 − 5/6
+    printed = scratch.done(*words, "--best-of=6", "--reward=rewards.py:letters").out.splitlines()
+    assert printed[1] == f"  → {best[0]['completion']}"
+    assert printed[2] == f"  score {best[0]['score']:.4g}, mean of {best[0]['n']} {best[0]['mean_score']:.4g}"
+
+
+@pytest.mark.parametrize("reward", ["runs/reward", "playground", "both.yaml"])
+def test_any_reward_chooses(scratch: Any, reward: str) -> None:
+    scratch.write("both.yaml", "gold: {source: playground, weight: 0.5}\nlearned: runs/reward\n")
+    prompts = [json.loads(line) for line in (scratch.root / "prompt.jsonl").read_text().splitlines()]
+    scratch.write("few.jsonl", prompts[:3])
+    scratch.done(
+        *MODEL, "--file=few.jsonl", "--best-of=4", f"--reward={reward}", "--out=best.jsonl", "--rollout_batch_size=3"
+    )
+    rows = [json.loads(line) for line in (scratch.root / "best.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [record["prompt"] for record in prompts[:3]]
+    assert all(row["score"] >= row["mean_score"] for row in rows)
+    assert any(row["score"] > row["mean_score"] for row in rows)
+
+
+def test_prompts_without_a_score_are_left_out_and_counted(scratch: Any) -> None:
+    scratch.write("rewards.py", LETTERS)
+    scratch.write("prompts.txt", f"{PROMPT}\nsort these words : a b\n")
+    words = [*MODEL, "--file=prompts.txt", "--best-of=2"]
+    answer = scratch.done(*words, "--reward=rewards.py:first_prompt", "--out=best.jsonl")
+    assert "1 prompts left out: the reward gave none of their completions a score" in answer.err
+    (row,) = [json.loads(line) for line in (scratch.root / "best.jsonl").read_text().splitlines()]
+    assert row["prompt"] == "sort these words : a b"
+    line = scratch.refused(*words, "--reward=rewards.py:nothing", "--out=none.jsonl")
+    assert line.startswith("reward rewards.py:nothing gave none of 4 completions a score: there is no best one")
+
+
 def test_a_conversation(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nlist two animals .\n\n"))
     answer = desk.done(*MODEL, "--seed=1")
@@ -78,6 +149,19 @@ def test_a_chat_template_is_applied_on_request(desk: Any) -> None:
         (["runs/sft", "--file=prompt.jsonl", "--out=tiny.txt"], "tiny.txt: records are written as .jsonl, .json"),
         (["runs/sft", "--file=prompt.jsonl", "--out=sft.jsonl"], "sft.jsonl exists: give another name, or --overwrite"),
         (["runs/sft", "--file=prompt.jsonl", "--out=tiny.yaml/a.jsonl"], "cannot write tiny.yaml/a.jsonl: "),
+        (["runs/sft", "--prompt=x", "--best-of=4"], "--best-of needs --reward, what scores: a run, path, hub id"),
+        (["runs/sft", "--prompt=x", "--best-of=1", "--reward=playground"], "--best-of is 1: give at least 2"),
+        (["runs/sft", "--prompt=x", "--reward=playground"], "--reward chooses among completions: give --best-of too"),
+        (
+            ["runs/sft", "--prompt=x", "--best-of=4", "--reward=playground", "--num_samples=2"],
+            "--best-of gives one completion of each prompt: leave --num_samples out",
+        ),
+        (
+            ["runs/sft", "--prompt=x", "--best-of=4", "--reward=playground", "--greedy"],
+            "--greedy makes all completions",
+        ),
+        (["runs/sft", "--prompt=x", "--best-of=4", "--reward=runs/sft"], "runs/sft has no score head"),
+        (["runs/sft", "--prompt=x", "--best-of=4", "--reward=none.py:f"], "reward none.py:f: "),
         (["runs/sft", "--out=a.jsonl"], "--out needs --prompt or --file: a conversation is not written"),
     ],
 )

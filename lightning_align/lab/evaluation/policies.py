@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_align.lab.evaluation.comparison import both_orders, consistency, per_prompt, score_judge
 from lightning_align.lab.evaluation.diversity import blocks, distinct_n, prompt_columns, words
@@ -11,6 +12,7 @@ from lightning_align.lab.evaluation.intervals import Estimate, means, permutatio
 from lightning_align.lab.evaluation.length_control import length_controlled
 from lightning_align.lab.evaluation.sampling import Samples
 from lightning_align.lab.overopt import Array
+from lightning_align.losses.best_of_n import best_of_n, best_of_n_kl
 
 SUMMED = ("entropy",)  # over tokens: their mean is one of tokens
 
@@ -36,6 +38,29 @@ def sample_metrics(samples: Samples, *, distinct_words: int, seed: int = 0) -> d
     for n in (1, 2):
         metrics[f"distinct_{n}"] = student(np.array([distinct_n(answers, n) for answers in sets]))
     return {name: estimate for name, estimate in metrics.items() if estimate.n}
+
+
+def best_of(samples: Samples, *, seed: int = 0) -> list[dict[str, Any]]:
+    """What the completion that the proxy likes best of n is expected to score, for n = 1, 2, 4 … up to the samples.
+
+    Returns:
+        For each n a row with ``n``, ``kl_bound`` (the best of n is at most so far from the policy, in nats) and the
+        estimates ``proxy`` and ``gold`` as far as they are measured: means over prompts with n scored completions, each
+        the mean over all subsets of n of them (without bias). Empty without a proxy, or with one sample a prompt.
+    """
+    if "proxy" not in samples.columns or samples.columns["proxy"].shape[1] < 2:
+        return []
+    proxy = torch.from_numpy(samples.columns["proxy"])
+    measured = [name for name in ("proxy", "gold") if name in samples.columns]
+    scores = {name: torch.from_numpy(samples.columns[name]) for name in measured}
+    rows = []
+    for n in (2**power for power in range(proxy.shape[1].bit_length())):
+        columns: dict[str, Array] = {name: best_of_n(proxy, values, n).numpy() for name, values in scores.items()}
+        estimates = {name: estimate for name, estimate in means(columns, seed=seed).items() if estimate.n}
+        if estimates:
+            found = {name: estimate.as_dict() for name, estimate in estimates.items()}
+            rows.append({"n": n, "kl_bound": best_of_n_kl(n), **found})
+    return rows
 
 
 def compare(samples: Samples, other: Samples, *, judge: str, tie_eps: float = 0.0, seed: int = 0) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Two policies against each other, and what their samples are scored with."""
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lightning_align.lab.evaluation.length_control import length_controlled
-from lightning_align.lab.evaluation.policies import compare, control_length
+from lightning_align.lab.evaluation.policies import best_of, compare, control_length
 from lightning_align.lab.evaluation.sampling import Samples, score_columns
 from lightning_align.rewards.build import build_reward
 from lightning_align.rollout.types import Rollout
@@ -35,6 +36,28 @@ def test_eval_7_where_length_decides_longer_answers_gain_nothing() -> None:
     assert compare(longer, other, judge="gold")["win_rate"]["value"] > 0.65
     (rate,) = control_length([longer], other, judge="gold", tie_eps=0.0, seed=0)
     assert rate.value == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_best_of_n_is_the_mean_over_all_subsets_of_n_samples() -> None:
+    draw = np.random.default_rng(2)
+    proxy, gold = draw.normal(size=(5, 6)), draw.normal(size=(5, 6))
+    proxy[0, 1] = proxy[1, 2:] = np.nan  # five samples with a score, and two
+    rows = best_of(Samples([[""] * 6] * 5, {"proxy": proxy, "gold": gold}), seed=0)
+    assert [row["n"] for row in rows] == [1, 2, 4]
+    for row in rows:
+        n, means = row["n"], []
+        for scores, values in zip(proxy, gold, strict=True):
+            known = np.flatnonzero(~np.isnan(scores))
+            chosen = [max(subset, key=lambda k: scores[k]) for subset in combinations(known, n)]
+            if chosen:
+                means.append((scores[chosen].mean(), values[chosen].mean()))
+        expected = np.mean(means, axis=0)
+        assert [row[name]["value"] for name in ("proxy", "gold")] == pytest.approx(list(expected))
+        assert row["proxy"]["n"] == len(means) == (4 if n == 4 else 5)
+        assert row["proxy"]["ci"][0] < row["proxy"]["value"] < row["proxy"]["ci"][1]
+        assert row["kl_bound"] == pytest.approx(np.log(n) - (n - 1) / n)
+    assert best_of(Samples([[""]] * 5, {"proxy": proxy[:, :1]})) == []
+    assert best_of(Samples([[""] * 6] * 5, {"gold": gold})) == []
 
 
 def test_the_unit_of_length_does_not_matter() -> None:
