@@ -1,4 +1,4 @@
-"""``lab``: what finished runs say. ``lab overopt`` draws the true score over KL and names the checkpoint to keep."""
+"""``lab``: what finished runs say; ``lab overopt`` draws one over KL and chooses, ``lab frontier`` several together."""
 
 import json
 import os
@@ -10,20 +10,22 @@ from pathlib import Path
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError, nearest
 
-ACTIONS = ("overopt",)
+HELP = """usage: lightning-align lab COMMAND [options]
+
+commands:
+  overopt   true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)
+  frontier  true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)"""
 
 
 def main(argv: list[str]) -> int:
     """Run the lab command that ``argv`` names."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: lightning-align lab COMMAND [options]\n\ncommands:")
-        print("  overopt  true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)")
+        print(HELP)
         return 0
-    if argv[0] not in ACTIONS:
-        raise UserError(
-            f"unknown lab command '{argv[0]}'{nearest(argv[0], list(ACTIONS))} (there is: {', '.join(ACTIONS)})"
-        )
-    return overopt(argv[1:])
+    if argv[0] not in COMMANDS:
+        names = list(COMMANDS)
+        raise UserError(f"unknown lab command '{argv[0]}'{nearest(argv[0], names)} (there are: {', '.join(names)})")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def overopt(argv: Sequence[str]) -> int:
@@ -105,6 +107,45 @@ def aspects(runs: Sequence[Path], out: Path) -> tuple[list[str], dict[Path, byte
     return lines, files
 
 
+def frontier(argv: Sequence[str]) -> int:
+    """Write ``frontier.png``, ``.json`` and ``.csv``; runs whose folders have one name are seeds of one method."""
+    parser = OptionParser("lab frontier", "Draw the true score of several runs over KL and over samples, and compare.")
+    parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
+    parser.add_argument(
+        "--against", type=Path, action="append", default=[], metavar="RUN", help="another; may be given several times"
+    )
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: this one)")
+    parser.add_argument("--kl", type=float, help="KL to compare at, in nats (default: the largest that all reach)")
+    parser.add_argument("--samples", type=float, help="also compare after so many answers of the policy")
+    options = parser.parse_args(argv)
+    for name in ("kl", "samples"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value:g}: give a number above 0")
+
+    from lightning_align.lab.figures import png
+    from lightning_align.lab.frontier import (
+        common_kl,
+        draw_frontier,
+        headline,
+        lines,
+        load_tracks,
+        summarise,
+        to_csv,
+    )
+
+    tracks = load_tracks([options.run, *options.against])
+    summary = summarise(tracks, common_kl(tracks) if options.kl is None else options.kl, options.samples)
+    outputs = {
+        options.out / "frontier.png": png(draw_frontier(tracks, summary)),
+        options.out / "frontier.json": json.dumps(summary, indent=2).encode(),
+        options.out / "frontier.csv": to_csv(tracks).encode(),
+    }
+    _write(outputs)
+    print("\n".join([headline(summary), *lines(summary), f"wrote {', '.join(map(str, outputs))}"]))
+    return 0
+
+
 def _score(value: Mapping[str, float | None]) -> str:
     ends = "" if value["low"] is None else f" ({value['low']:.3f} to {value['high']:.3f})"
     return f"{value['score']:.3f}{ends}"
@@ -135,3 +176,6 @@ def _pair(word: str) -> tuple[str, str]:
     if not equals or not column:
         raise UserError(f"--columns takes FIELD=NAME, not '{word}'")
     return key, column
+
+
+COMMANDS = {"overopt": overopt, "frontier": frontier}

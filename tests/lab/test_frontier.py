@@ -1,0 +1,146 @@
+"""Several runs side by side: interpolation, gains with their intervals, and what is refused."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lightning_align.cli.main import run
+from lightning_align.errors import UserError
+from lightning_align.lab.frontier import (
+    best,
+    common_kl,
+    draw_frontier,
+    gain,
+    headline,
+    load_tracks,
+    roots,
+    samples,
+    summarise,
+    to_csv,
+)
+
+STEPS = (0, 2, 4, 6)
+
+
+def made(folder: Path, gold: list[float], *, kl: tuple[float, ...] = (0.0, 0.25, 1.0, 4.0), se: float = 0.05) -> Path:
+    """A run directory with evaluations and training rows of eight samples an iteration."""
+    folder.mkdir(parents=True)
+    lines = ["step,episode,lab/kl,lab/proxy,eval/lab/kl,eval/lab/proxy,eval/lab/gold,eval/lab/gold_se"]
+    for step in range(1, 7):
+        lines.append(f"{step},{8 * step},0.1,0.2,,,,")
+    lines += [f"{s},,,,{k},{s / 10},{g},{se}" for s, k, g in zip(STEPS, kl, gold, strict=True)]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Three seeds of one method and one run of another."""
+    rows = ([0.5, 0.7, 1.0, 0.4], [0.6, 0.7, 0.9, 0.6], [0.4, 0.7, 1.1, 0.5])
+    seeds = [made(tmp_path / f"s{i}" / "rest", row) for i, row in enumerate(rows)]
+    return [*seeds, made(tmp_path / "s0" / "ppo", [0.5, 0.6, 0.8, 0.9], kl=(0.0, 0.25, 1.0, 2.25))]
+
+
+def test_gold_is_read_between_neighbours_on_the_root_of_kl_and_not_beyond(runs: list[Path]) -> None:
+    track = load_tracks(runs)[0]
+    assert track.at(roots, 0.5) == pytest.approx(0.7)
+    assert track.at(roots, 0.75) == pytest.approx(0.85)  # half way from KL 0.25 to KL 1, in roots
+    assert track.at(roots, 2.0) == pytest.approx(0.4)
+    assert math.isnan(track.at(roots, 2.1))
+    assert list(track.samples) == [0, 16, 32, 48]
+    assert track.at(samples, 24) == pytest.approx(0.85)
+
+
+def test_kl_that_turns_back_is_put_in_order(tmp_path: Path) -> None:
+    (track,) = load_tracks([made(tmp_path / "run", [0.0, 1.0, 3.0, 2.0], kl=(0.0, 1.0, 9.0, 4.0))])
+    assert track.at(roots, 2.0) == pytest.approx(2.0)
+    assert track.at(roots, 2.5) == pytest.approx(2.5)
+
+
+def test_gain_is_of_each_run_over_its_own_start_with_students_interval(runs: list[Path]) -> None:
+    tracks = load_tracks(runs)[:3]
+    estimate = gain(tracks, roots, 1.0)
+    gains = np.array([0.5, 0.3, 0.7])
+    reach = stats.t.ppf(0.975, 2) * gains.std(ddof=1) / math.sqrt(3)
+    assert estimate.value == pytest.approx(0.5)
+    assert (estimate.low, estimate.high) == pytest.approx((0.5 - reach, 0.5 + reach))
+    assert estimate.n == 3
+
+
+def test_one_run_has_the_interval_of_its_prompts(runs: list[Path]) -> None:
+    estimate = gain(load_tracks(runs)[3:], roots, 1.0)
+    assert estimate.value == pytest.approx(0.3)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.05 * math.sqrt(2))
+
+
+def test_runs_that_did_not_come_that_far_are_left_out(runs: list[Path]) -> None:
+    tracks = load_tracks(runs)
+    assert common_kl(tracks) == pytest.approx(2.25)
+    summary = summarise(tracks, 4.0, 40.0)
+    assert summary["methods"]["ppo"]["at_kl"]["n"] == 0
+    assert summary["methods"]["rest"]["at_kl"]["value"] == pytest.approx(0.0)
+    assert summary["methods"]["ppo"]["at_samples"]["value"] == pytest.approx(0.35)
+    assert headline(summary).startswith("At KL 4.0 rest gains most, +0.00; the 95 % interval of 0 of 1")
+    assert headline(summarise(tracks, 9.0, None)) == "No method reaches KL 9.0"
+
+
+def test_the_best_is_the_mean_of_each_runs_best(runs: list[Path]) -> None:
+    row = best(load_tracks(runs)[:3])
+    assert (row["gold"], row["kl"], row["samples"]) == pytest.approx((1.0, 1.0, 32.0))
+    assert row["gain"]["value"] == pytest.approx(0.5)
+
+
+def test_every_point_is_in_the_table(runs: list[Path]) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(load_tracks(runs)))))
+    assert len(rows) == 16
+    last = rows[-1]
+    assert (last["method"], last["step"], last["samples"]) == ("ppo", "6", "48.0")
+    assert (float(last["kl"]), float(last["gold"])) == (2.25, 0.9)
+
+
+def test_the_picture_has_a_line_for_each_method_and_faint_ones_for_seeds(runs: list[Path]) -> None:
+    tracks = load_tracks(runs)
+    figure = draw_frontier(tracks, summarise(tracks, 1.0, None))
+    over_kl = figure.axes[0].get_lines()
+    assert [line.get_label() for line in over_kl if not line.get_label().startswith("_")] == ["rest", "ppo"]
+    (mean,) = (line for line in over_kl if line.get_label() == "rest")
+    assert mean.get_xdata() == pytest.approx([0.0, 0.5, 1.0, 2.0])
+    assert mean.get_ydata() == pytest.approx([0.5, 0.7, 1.0, 0.5])
+    assert sum(line.get_alpha() == 0.2 for line in over_kl) == 3
+    assert len(figure.axes) == 2
+
+
+def test_from_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word for path in runs[1:] for word in ("--against", str(path))]
+    assert run(["lab", "frontier", str(runs[0]), *words, "--out", str(tmp_path / "out"), "--kl", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "At KL 1.0 rest gains most, +0.50" in said
+    assert "ppo (1 runs): at KL 1.0 +0.300 (+0.161 to +0.439); at best +0.400 at KL 2.25 after 48 samples" in said
+    summary = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert summary["methods"]["rest"]["runs"] == 3
+    assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_csv_of_another_trainer_has_no_samples_and_one_panel(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,kl,proxy,gold\n0,0,0,1\n1,1,1,2\n")
+    tracks = load_tracks([tmp_path / "log.csv"])
+    assert len(draw_frontier(tracks, summarise(tracks, 1.0, None)).axes) == 1
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "log.csv").write_text("step,kl,proxy,gold\n0,0,0,1\n1,1,1,\n")
+    with pytest.raises(UserError, match="has 1 steps with a gold score"):
+        load_tracks([tmp_path / "log.csv"])
+    many = [made(tmp_path / f"m{i}", [0.0, 1.0, 2.0, 3.0]) for i in range(11)]
+    with pytest.raises(UserError, match="11 methods in one picture: give at most 10"):
+        load_tracks(many)
+    assert run(["lab", "frontier", str(many[0]), "--kl", "-1"]) == 2
+    assert "--kl is -1: give a number above 0" in capsys.readouterr().err
+    assert run(["lab", "frontiers"]) == 2
+    assert "did you mean" in capsys.readouterr().err
