@@ -17,9 +17,9 @@ from lightning_align.feedback.journal import key_of
 from lightning_align.feedback.models import LocalModel
 from lightning_align.feedback.revise import FAULTS, Chain, Demonstration, Reviser, demonstrations, tally
 from lightning_align.losses.masked import Metrics
+from lightning_align.methods.frozen import RewardSpec
 from lightning_align.methods.imitation import ImitationModule
 from lightning_align.methods.measures import column_sums
-from lightning_align.methods.sampling import RewardSpec
 from lightning_align.models.loading import Parameters, count_parameters
 from lightning_align.rewards.revisions import score_revisions
 from lightning_align.rollout.types import Experience, Rollout
