@@ -106,7 +106,7 @@ def write_results(result: Result, world: GroupWorld, options: argparse.Namespace
         "goals": {"speed_cpu": GOALS, "peak": 1.0},
         "ratios": [{"method": case[0], "prompt": case[1], **ratios(sides)} for case, sides in result.items()],
         "runs": [
-            {"method": method, "prompt": tokens, "variant": name, **summary(side), **asdict(side)}
+            {"method": method, "prompt": tokens, "variant": name, "summary": summary(side), **asdict(side)}
             for (method, tokens), sides in result.items()
             for name, side in sides.items()
         ],

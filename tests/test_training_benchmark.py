@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import common, training, training_cases, training_run
+from benchmarks import common, sides, training, training_cases
+from benchmarks.sides import OURS, THEIRS, Run
 from benchmarks.training_cases import EQUAL, METHODS, UNEQUAL, World, build_world
-from benchmarks.training_run import OURS, THEIRS, Run, check_same, run_ours
+from benchmarks.training_run import check_same, run_ours
 
 TINY = {"size": 24, "vocabulary": 400, "hidden": 32, "layers": 1}
 
@@ -41,7 +42,7 @@ def test_it_runs_and_writes(
     runs: list[Run] = []
     monkeypatch.setitem(training.SIDES, OURS, lambda *case: runs.append(run_ours(*case)) or runs[-1])
     monkeypatch.setitem(training.SIDES, THEIRS, lambda *_: runs[-1])
-    monkeypatch.setattr(training, "trl_versions", lambda python: {"trl": "none"})
+    monkeypatch.setattr(sides, "trl_versions", lambda python: {"trl": "none"})
     for name, value in TINY.items():
         monkeypatch.setattr(training, name.upper(), value)
     training.main(["--rounds", "1", "--steps", "3", "--methods", "DPO", "--lengths", UNEQUAL])
@@ -55,6 +56,7 @@ def test_it_runs_and_writes(
     ours, theirs = (side["losses"] for side in found["runs"])
     assert len(ours) == 3
     assert ours == theirs
+    assert {"rounds", "batch", "steps_not_timed", "parameters"} <= found["settings"].keys()
     assert {"trl", "processor", "git_commit"} <= found["machine"].keys()
     assert Image.open(folder / "training.png").width == 1400
     assert "generated text" in capsys.readouterr().out
@@ -76,8 +78,8 @@ def test_sides_that_train_something_else_are_not_timed() -> None:
 def test_the_first_steps_are_not_timed() -> None:
     two = run(0.5)
     assert two.timed(1) == (2.0, 1.5)
-    side = training.Side()
-    side.add(replace(two, steps=[*two.steps, {"began": 108.0, "ended": 110.0, "cpu": 7.0}]), batch=8)
+    side = sides.Side()
+    side.add(replace(two, steps=[*two.steps, {"began": 108.0, "ended": 110.0, "cpu": 7.0}]), skipped=2, batch=8)
     assert side.summary()["samples_per_second"] == 4.0
     assert side.summary()["first_step_seconds"] == 6.0
     assert side.summary()["first_step_cpu_seconds"] == 4.0
@@ -95,7 +97,7 @@ def test_an_environment_without_trl_is_said(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_stops_the_benchmark(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no such thing(.|\n)*failed: nothing is reported"):
-        training_run._execute(["/bin/sh", "-c", "echo no such thing; exit 3"], tmp_path, 1)
+        sides.execute(["/bin/sh", "-c", "echo no such thing; exit 3"], tmp_path, 1)
 
 
 def test_records_are_of_one_length_or_of_very_different_ones(world: World) -> None:
