@@ -7,7 +7,7 @@ from typing import Any
 from lightning_align.data.records import is_messages
 
 TRUTH = ("label", "tie", "is_safety")
-NUMBERS = ("margin", "weight", "score")
+NUMBERS = ("margin", "soft_label", "weight", "score")
 LISTS = ("messages", "conversations", "completions", "ranks", "scores", "instances")
 SIDES = ("prompt", "completion", "chosen", "rejected")  # texts, or conversations written as JSON
 

@@ -161,11 +161,11 @@ class PreferenceGroups:
     unknown), ``response_weight`` (the record's weight / the prompt's number of answers) and, where :attr:`ref_logp` is
     set, ``ref_logp``; ``[P]`` of the pairs: ``pair_chosen``,
     ``pair_rejected`` (rows), ``pair_weight`` (the record's weight / the prompt's number of pairs), ``pair_margin``,
-    ``pair_label`` (1, or ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown); and of the
-    prompts ``group_rows`` ``[G, K]`` (rows of its answers, −1 where it has fewer), ``group_ranks`` ``[G, K]`` (1 is
-    best, equal is a tie) and ``group_weight`` ``[G]``. Over all micro-batches of all processes in the optimiser step,
-    ``window_weight`` is the sum of ``group_weight``, and ``window_chosen_tokens`` that of ``pair_weight`` times the
-    tokens of the pair's better answer.
+    ``pair_label`` (1, a soft label, or ½ for a tie), ``pair_strength`` (0 significantly … 3 negligibly, −1 unknown);
+    and of the prompts ``group_rows`` ``[G, K]`` (rows of its answers, −1 where it has fewer), ``group_ranks``
+    ``[G, K]`` (1 is best, equal is a tie) and ``group_weight`` ``[G]``. Over all micro-batches of all processes in the
+    optimiser step, ``window_weight`` is the sum of ``group_weight``, and ``window_chosen_tokens`` that of
+    ``pair_weight`` times the tokens of the pair's better answer.
 
     Args:
         table: Answers with their prompts, groups and pairs.

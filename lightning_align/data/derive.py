@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from lightning_align.data.records import Kind, Record, RecordError, is_conversational
+from lightning_align.data.records import Kind, Record, RecordError, is_conversational, is_tie
 
 # What a record of most kinds may say of itself as a whole, and what a kind can take over from another.
-SAID = ("weight", "aspect", "strength", "margin")
+SAID = ("weight", "aspect", "strength", "margin", "soft_label")
 CARRIED: dict[Kind, tuple[str, ...]] = {
     **dict.fromkeys(("preference", "ranked", "unpaired", "scored"), ("weight", "aspect")),
     **{"sft": ("weight",), "prompt": (), "text": ()},
@@ -167,7 +167,7 @@ def _scores(record: Record) -> list[Record]:
 
 def _unpaired(record: Record) -> list[Record]:
     """TRL's ``unpair_preference_dataset``; a tie has no better side."""
-    if record.get("tie"):
+    if is_tie(record):
         return []
     sides = (("chosen", True), ("rejected", False))
     return [{"prompt": record["prompt"], "completion": record[side], "label": label} for side, label in sides]
@@ -175,7 +175,7 @@ def _unpaired(record: Record) -> list[Record]:
 
 def _ranking(record: Record) -> list[Record]:
     completions = [record["chosen"], record["rejected"]]
-    ranks = [1, 1 if record.get("tie") else 2]
+    ranks = [1, 1 if is_tie(record) else 2]
     return [{"prompt": record["prompt"], "completions": completions, "ranks": ranks}]
 
 

@@ -41,6 +41,11 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping) and "role" in value[0]
 
 
+def is_tie(record: Mapping[str, Any]) -> bool:
+    """Whether a preference has no better side: it is marked ``tie``, or its ``soft_label`` is ½."""
+    return bool(record.get("tie")) or record.get("soft_label") == 0.5
+
+
 def is_conversational(record: Mapping[str, Any]) -> bool:
     """Whether a record speaks in messages instead of plain text."""
     sides = [record.get(name) for name in ("messages", "prompt", "completion", "chosen", "rejected")]
@@ -175,6 +180,15 @@ def _weight(name: str, value: Any) -> float:
     return number
 
 
+def _soft_label(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0 <= number <= 1:
+        raise RecordError(name, "is no probability", "write a number from ½ to 1", found=str(value))
+    if number < 0.5:
+        raise RecordError(name, "is below ½", "swap chosen and rejected, and write 1 − it", found=str(value))
+    return number
+
+
 def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise RecordError(name, "is neither true nor false", "write true or false", found=_shown(value))
@@ -221,7 +235,7 @@ _SCHEMAS: dict[Kind, tuple[dict[str, _Check], dict[str, _Check]]] = {
     "prompt": ({"prompt": check_side}, {"is_safety": _bool}),
     "preference": (
         {"prompt": check_side, "chosen": _answer, "rejected": _answer},
-        {"strength": _one_of(*STRENGTHS), "margin": _number, "tie": _bool, **_JUDGED},
+        {"strength": _one_of(*STRENGTHS), "margin": _number, "tie": _bool, "soft_label": _soft_label, **_JUDGED},
     ),
     "ranked": (
         {"prompt": check_side, "completions": _list_of(_answer)},
@@ -246,6 +260,9 @@ def _check_pair(record: Record) -> None:
     _one_form(record, {name: record[name] for name in ("chosen", "rejected")})
     if record["chosen"] == record["rejected"] and not record.get("tie"):
         raise RecordError("rejected", "equals chosen", "give different answers, or mark the record tie: true")
+    if record.get("tie") and record.get("soft_label", 0.5) != 0.5:
+        found = f"{record['soft_label']:g}"
+        raise RecordError("soft_label", "contradicts tie: true", "leave one of them out", found=found)
 
 
 def _check_completion(record: Record) -> None:

@@ -17,7 +17,7 @@ from lightning_align.data.encode import (
     encode_sft,
     encode_texts,
 )
-from lightning_align.data.records import STRENGTHS
+from lightning_align.data.records import STRENGTHS, is_tie
 from lightning_align.data.tables import Arrays, Counts, Limit, encode_good, flat, joined, keep_last
 from lightning_align.data.templates import Conventions, conventions
 
@@ -157,7 +157,7 @@ class Pair:
 
     chosen: int
     rejected: int
-    label: float = 1.0  # ½ for a tie
+    label: float = 1.0  # probability that chosen is the better one; ½ for a tie
     margin: float = float("nan")
     strength: int = -1
 
@@ -240,7 +240,7 @@ def _ranks(record: Record) -> list[int]:
     if "completion" in record:
         return [1]
     if "completions" not in record:
-        return [1, 1 if record.get("tie") else 2]
+        return [1, 1 if is_tie(record) else 2]
     order = record["ranks"] if "ranks" in record else [-score for score in record["scores"]]
     places = {value: place for place, value in enumerate(sorted(set(order)), 1)}
     return [places[value] for value in order]
@@ -258,11 +258,11 @@ def _pairs(record: Record, ranks: Sequence[int], ties: Ties) -> list[Pair]:
         pair = Pair(
             0,
             1,
-            0.5 if record.get("tie") else 1.0,
+            0.5 if is_tie(record) else float(record.get("soft_label", 1.0)),
             float(record.get("margin", "nan")),
             STRENGTHS.index(record["strength"]) if "strength" in record else -1,
         )
-        return [] if ties == "drop" and record.get("tie") else [pair]
+        return [] if ties == "drop" and is_tie(record) else [pair]
     pairs = []
     for a, b in combinations(range(len(ranks)), 2):
         if ranks[a] != ranks[b]:

@@ -259,6 +259,16 @@ def test_soft_ties_are_half_labels(make_tokenizer: Callable[..., PreTrainedToken
     assert all(pair[2] == 1 / 6 for pair in pairs[2:])
 
 
+def test_soft_labels_are_the_labels_of_their_pairs(make_tokenizer: Callable[..., PreTrainedTokenizerBase]) -> None:
+    pair = {"prompt": "a :", "chosen": " cat", "rejected": " dog"}
+    records = [pair, {**pair, "soft_label": 0.75}, {**pair, "soft_label": 0.5}]
+    tokenizer, places = make_tokenizer("words"), ["line"] * 3
+    for ties, labels in (("soft", [1, 0.75, 0.5]), ("drop", [1, 0.75])):
+        table, counts = preference_table(tokenizer, records, places, Limit(64, "truncate"), ties)
+        assert table["label"].tolist() == labels
+        assert counts.dropped.get("its answers tie", 0) == 3 - len(labels)
+
+
 @pytest.mark.parametrize("name", sorted(MARGINS))
 def test_margin_tables(make_tokenizer: Callable[..., PreTrainedTokenizerBase], name: str) -> None:
     groups = groups_of(make_tokenizer("words"), "drop", MARGINS[name])

@@ -72,6 +72,12 @@ def test_a_preference_gives_a_good_and_a_bad_one() -> None:
     assert dropped == [("a tie has no better side", "line 2")]
 
 
+def test_a_soft_label_of_a_half_is_a_tie_for_other_kinds_too() -> None:
+    half = {"prompt": "p", "chosen": "a", "rejected": "b", "soft_label": 0.5}
+    assert run("preference", "unpaired", half) == ([], [("a tie has no better side", "line 1")])
+    assert run("preference", "ranked", half)[0][0]["ranks"] == [1, 1]
+
+
 def test_a_preference_is_a_ranking_of_two() -> None:
     made, _ = run(
         "preference",

@@ -250,12 +250,13 @@ def test_files_without_records(tmp_path: Path) -> None:
 def test_cells_are_what_their_fields_need(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(
-        'prompt,chosen,rejected,margin,tie,weight\n"several\nlines, and ""quotes""",a,b,1.5,TRUE,\n007,[1],true,,,2\n',
+        'prompt,chosen,rejected,margin,tie,weight,soft_label\n"several\nlines, and ""quotes""",a,b,1.5,TRUE,,\n'
+        "007,[1],true,,,2,0.75\n",
     )
     loaded = load_records(str(path), "preference")
     assert loaded.records == [
         {"prompt": 'several\nlines, and "quotes"', "chosen": "a", "rejected": "b", "margin": 1.5, "tie": True},
-        {"prompt": "007", "chosen": "[1]", "rejected": "true", "weight": 2.0},
+        {"prompt": "007", "chosen": "[1]", "rejected": "true", "weight": 2.0, "soft_label": 0.75},
     ]
     assert loaded.places == ["a.csv line 2", "a.csv line 4"]
     path.write_text("q,is_safety,reference\nwhy,false,042\n")

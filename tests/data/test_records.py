@@ -16,7 +16,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": [USER], "is_safety": True, "reference": "42", "level": 3},
     "preference": {
         **{"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "no"}]},
-        **{"strength": "slightly", "margin": 0.5, "tie": False, "weight": 1.0, "aspect": "safety"},
+        **{"strength": "slightly", "margin": 0.5, "tie": False, "weight": 1.0, "aspect": "safety", "soft_label": 0.7},
     },
     "ranked": {"prompt": "p", "completions": ["a", "b", "c"], "ranks": [1, 3, 1], "scores": [0.5, -1.0, 0.5]},
     "unpaired": {"prompt": "p", "completion": "c", "label": False},
@@ -42,6 +42,7 @@ def test_only_prompts_keep_further_columns() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_required_field_is_missed(kind: Any) -> None:
     optional = {"weight", "is_safety", "reference", "level", "strength", "margin", "tie", "aspect", "ranks", "scores"}
+    optional |= {"soft_label"}
     for name in set(GOOD[kind]) - optional:
         with pytest.raises(RecordError) as caught:
             validate(kind, {key: value for key, value in GOOD[kind].items() if key != name})
@@ -83,6 +84,9 @@ BAD = [
     ("preference", "margin", 10**400, "is not finite"),
     ("preference", "tie", "no", "is neither true nor false"),
     ("preference", "aspect", "gold", "is unknown"),
+    ("preference", "soft_label", "0.7", "is not a number"),
+    ("preference", "soft_label", 1.2, "is no probability"),
+    ("preference", "soft_label", 0.3, "is below ½"),
     ("ranked", "completions", "abc", "is not a list"),
     ("ranked", "completions", ["a"], "has fewer than two answers"),
     ("ranked", "completions", ["a", "", "c"], "is empty"),
@@ -124,6 +128,13 @@ def test_an_assistant_that_calls_a_tool_needs_no_content() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
     record = validate("sft", {"messages": [USER, call, {"role": "tool", "content": "3"}, ASSISTANT]})
     assert record["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}
+
+
+def test_a_tie_has_no_soft_label_but_a_half() -> None:
+    tie = {"prompt": "p", "chosen": "a", "rejected": "b", "tie": True}
+    assert validate("preference", {**tie, "soft_label": 0.5})["soft_label"] == 0.5
+    with pytest.raises(RecordError, match="field soft_label: contradicts tie: true"):
+        validate("preference", {**tie, "soft_label": 0.8})
 
 
 def test_equal_answers_may_tie() -> None:
