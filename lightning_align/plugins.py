@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,17 @@ from typing import Any
 
 from lightning_align.errors import UserError
 
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
 
 def said(error: BaseException) -> str:
     """An error of somebody else's code, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def is_function(source: str) -> bool:
+    """Whether a source names a function: ``file.py:function``, or a dotted name that is no path."""
+    return ".py:" in source or (not Path(source).exists() and DOTTED.fullmatch(source) is not None)
 
 
 def load_function(spec: str, what: str = "reward") -> Callable[..., Any]:

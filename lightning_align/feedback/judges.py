@@ -3,7 +3,7 @@
 Legend: P pairs, or completions that are rated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -38,7 +38,8 @@ class Comparison(NamedTuple):
 
     Args:
         first_wins: Probability that the answer shown first is the better one; NaN where the judge gave no answer.
-        mass: Probability that the judge chooses one of the two at all; below ½, the question is at fault.
+        mass: Probability that the judge chooses one of the two at all; below ½, the question is at fault. NaN where it
+            could not be asked.
     """
 
     first_wins: Tensor
@@ -56,6 +57,10 @@ class PairJudge(Protocol):
 
     def compare(self, pairs: Sequence[Pair]) -> Comparison:
         """What it says of each pair in the given order."""
+        ...
+
+    def counts(self) -> Mapping[str, int]:
+        """What asking took, by name, where there is something to count."""
         ...
 
 
@@ -89,8 +94,6 @@ class Judge:
     ) -> None:
         if rationale_tokens < 0:
             raise UserError(f"the chain of thought has {rationale_tokens} tokens: give 0 or more")
-        if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= 1:
-            raise UserError(f"labels are clamped to {bounds[0]:g} and {bounds[1]:g}: give two ascending probabilities")
         if rationale_tokens:
             wording.reasons("")
         self.name = model.name
@@ -98,7 +101,7 @@ class Judge:
         self.wording = wording
         self._chat = model.chat and not wording.plain
         self.principles = principles
-        self.bounds = bounds
+        self.bounds = _checked(bounds)
         self.rationale_tokens = rationale_tokens
         self.seed = seed
 
@@ -122,6 +125,10 @@ class Judge:
         pairs = zip(prompts, completions, strict=True)
         questions = [self._put(self.wording.rate(prompt, completion)) for prompt, completion in pairs]
         return expected_rating(self.model.option_logps(questions, self.wording.ratings))
+
+    def counts(self) -> Mapping[str, int]:
+        """See :meth:`LanguageModel.counts`."""
+        return self.model.counts()
 
     def _principles(self, pair: Pair) -> tuple[str | None, ...]:
         if len(self.wording.principles) < 2 or self.principles == "all":
@@ -168,15 +175,23 @@ class FunctionJudge:
     Args:
         function: The function.
         name: What messages call it; also what caches know it by.
+        bounds: Clamp probabilities to these.
     """
 
-    def __init__(self, function: Callable[..., Sequence[float | None]], name: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Sequence[float | None]],
+        name: str,
+        *,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
         self.function = function
         self.name = name
+        self.bounds = _checked(bounds)
 
     def key(self) -> str:
         """See :meth:`PairJudge.key`."""
-        return key_of("function", self.name)
+        return key_of("function", self.name, self.bounds)
 
     def compare(self, pairs: Sequence[Pair]) -> Comparison:
         """See :meth:`PairJudge.compare`; raises :class:`UserError` if the function fails or returns something else."""
@@ -196,7 +211,12 @@ class FunctionJudge:
                     f"judge {self.name} returned {value!r}: it must return probabilities from 0 to 1, or None"
                 )
         label = torch.tensor([torch.nan if value is None else float(value) for value in values])
+        label = label if self.bounds is None else label.clamp(*self.bounds)
         return Comparison(label, torch.where(label.isnan(), torch.nan, 1.0))
+
+    def counts(self) -> Mapping[str, int]:
+        """Nothing."""
+        return {}
 
 
 class CachedJudge:
@@ -211,7 +231,7 @@ class CachedJudge:
     Attributes:
         num_asked: Questions that the judge was asked.
         num_cached: Questions that were answered before.
-        num_failed: Questions without an answer; they are not kept, so that they are asked again.
+        num_failed: Questions that could not be put; they are not kept, so that they are put again.
     """
 
     def __init__(
@@ -247,18 +267,23 @@ class CachedJudge:
         rows = [self._known.get(key, (torch.nan, torch.nan)) for key in keys]
         return Comparison(*torch.tensor(rows, dtype=torch.float32).view(-1, 2).unbind(1))
 
+    def counts(self) -> Mapping[str, int]:
+        """The judge's own."""
+        return self.judge.counts()
+
     def _recall(self, key: str) -> bool:
         if key not in self._known and self.journal is not None and key in self.journal:
             row = self.journal[key]
-            self._known[key] = row["first_wins"], row["mass"]
+            self._known[key] = torch.nan if row["first_wins"] is None else row["first_wins"], row["mass"]
         return key in self._known
 
     def _ask(self, wanted: dict[str, Pair]) -> None:
         said_now = self.judge.compare(list(wanted.values()))
         rows = zip(wanted, said_now.first_wins.tolist(), said_now.mass.tolist(), strict=True)
-        answers = {key: (label, mass) for key, label, mass in rows if label == label}
+        answers = {key: (label, mass) for key, label, mass in rows if mass == mass}
         if self.journal is not None and answers:
-            self.journal.add({key: {"first_wins": label, "mass": mass} for key, (label, mass) in answers.items()})
+            kept = {key: (label if label == label else None, mass) for key, (label, mass) in answers.items()}
+            self.journal.add({key: {"first_wins": label, "mass": mass} for key, (label, mass) in kept.items()})
         self._known |= answers
         self.num_asked += len(wanted)
         self.num_failed += len(wanted) - len(answers)
@@ -298,6 +323,12 @@ def preferences(
     metrics["ai/mass"] = known.sum(), known.new_tensor(len(known))
     metrics["ai/unanswered"] = (~answered).float().sum(), label.new_tensor(len(pairs))
     return label, metrics
+
+
+def _checked(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise UserError(f"labels are clamped to {bounds[0]:g} and {bounds[1]:g}: give two ascending probabilities")
+    return bounds
 
 
 def _mean_by(values: Tensor, rows: Tensor, size: int) -> Tensor:

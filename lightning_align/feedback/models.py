@@ -51,6 +51,10 @@ class LanguageModel(Protocol):
         """Equal for models that answer alike, for caches."""
         ...
 
+    def counts(self) -> Mapping[str, int]:
+        """What asking took, by name, where there is something to count: retries, failures."""
+        ...
+
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
         """``params.num_samples`` replies to every prompt, one seed each; those of a prompt side by side."""
         ...
@@ -102,6 +106,10 @@ class LocalModel:
     def key(self) -> str:
         """See :meth:`LanguageModel.key`; a hash of samples of the weights, as long as they are frozen."""
         return key_of(fingerprint_of_base(self.model), str(self.tokenizer.chat_template))
+
+    def counts(self) -> Mapping[str, int]:
+        """Nothing: what is asked here answers."""
+        return {}
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
         """See :meth:`LanguageModel.sample`; raises :class:`UserError` for a prompt that leaves no room for a reply."""

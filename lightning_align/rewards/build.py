@@ -39,6 +39,10 @@ def _scorer(part: PartSpec, scale: "Normalisation | None") -> Scorer:
     if part.members:
         members = [_single(source, scale) for source in part.members]
         return EnsembleReward(members, part.how, uwo_coef=part.uwo_coef)
+    if part.judge is not None:
+        from lightning_align.rewards.judge import JudgeReward
+
+        return JudgeReward.load(part.source, part.judge)
     return _single(part.source, scale)
 
 

@@ -1,19 +1,18 @@
 """What a configuration says of a reward, read and checked before anything is loaded."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_align.errors import UserError, nearest
+from lightning_align.plugins import is_function
 from lightning_align.rewards.base import GATED, LENGTH_PENALTY
 from lightning_align.rewards.combination import Combination, EnsembleHow, How, LengthPenalty, Whiten
 
-Kind = Literal["playground", "function", "learned"]
-_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-PART_KEYS = ("source", "weight", "combine", "uwo_coef")
+Kind = Literal["playground", "function", "learned", "judge"]
+PART_KEYS = ("source", "weight", "combine", "uwo_coef", "judge")
 REWARD_KEYS = (
     *("combine", "parts", "standardise", "assume_comparable", "threshold", "whiten", "uwo_coef", LENGTH_PENALTY),
 )
@@ -30,6 +29,7 @@ class PartSpec:
         members: Sources of an ensemble; none of another part.
         how: What an ensemble makes of its members.
         uwo_coef: λ of ``uwo``.
+        judge: Wording by which a language model is asked for ratings; None of another part.
     """
 
     name: str
@@ -38,10 +38,13 @@ class PartSpec:
     members: tuple[str, ...] = ()
     how: EnsembleHow = "mean"
     uwo_coef: float = 0.1
+    judge: str | None = None
 
     @property
     def kind(self) -> Kind:
         """How the source is read; of an ensemble, its members'."""
+        if self.judge is not None:
+            return "judge"
         return kind_of(self.members[0] if self.members else self.source)
 
 
@@ -64,11 +67,7 @@ def kind_of(source: str) -> Kind:
     """How a source is read: an existing path is a model, a dotted name without slash a function."""
     if source.partition(":")[0] == "playground":
         return "playground"
-    if ".py:" in source:
-        return "function"
-    if not Path(source).exists() and _DOTTED.fullmatch(source):
-        return "function"
-    return "learned"
+    return "function" if is_function(source) else "learned"
 
 
 def parse_reward(spec: str | Mapping[str, Any], *, default_name: str = "reward") -> list[PartSpec]:
@@ -77,8 +76,9 @@ def parse_reward(spec: str | Mapping[str, Any], *, default_name: str = "reward")
 
 
 def learned_sources(spec: str | Mapping[str, Any]) -> list[str]:
-    """Every trained model that a reward asks, members of ensembles included."""
-    sources = [source for part in parse_reward(spec) for source in part.members or (part.source,)]
+    """Every reward model that a reward asks, members of ensembles included."""
+    parts = [part for part in parse_reward(spec) if part.judge is None]
+    sources = [source for part in parts for source in part.members or (part.source,)]
     return [source for source in sources if kind_of(source) == "learned"]
 
 
@@ -100,8 +100,9 @@ def read_reward(spec: str | Mapping[str, Any], *, default_name: str = "reward") 
             ``length_penalty: {coef, max_length}``. A part is a source or ``{source, weight}``; weight is 1 if left
             out, 0 measures. A source is a run directory, a path, a hub id, ``package.module.function``,
             ``file.py:function``, ``playground`` (which also reports its aspects), ``playground:helpfulness`` or
-            ``playground:safety``. A list of sources is an ensemble, with ``combine`` (``mean``, ``min``, ``uwo``) and
-            ``uwo_coef``.
+            ``playground:safety``. With ``judge``, a wording, the source is a language model (or an endpoint,
+            ``http://host:port/v1#model``) that is asked for ratings. A list of sources is an ensemble, with
+            ``combine`` (``mean``, ``min``, ``uwo``) and ``uwo_coef``.
         default_name: Name of the part when ``spec`` is one source.
 
     Raises:
@@ -160,8 +161,20 @@ def _part(name: Any, value: Any) -> PartSpec:
     if isinstance(value["source"], str):
         if useless := [key for key in ("combine", "uwo_coef") if key in value]:
             raise UserError(f"{what} has {useless[0]}, but one source: give a list of sources for an ensemble")
-        return PartSpec(name, value["source"], weight)
+        return PartSpec(name, value["source"], weight, judge=_wording(what, value))
+    if "judge" in value:
+        raise UserError(f"{what} has judge, but a list of sources: give each judge a part of its own")
     return _ensemble(what, name, value, weight)
+
+
+def _wording(what: str, value: Mapping[str, Any]) -> str | None:
+    if "judge" not in value:
+        if value["source"].startswith(("http://", "https://")):
+            raise UserError(f"{what} has an endpoint as its source: give judge, the wording it is asked for ratings by")
+        return None
+    if not isinstance(value["judge"], str) or not value["judge"]:
+        raise UserError(f"{what} has judge {value['judge']!r}: give a wording (default, playground, or a YAML file)")
+    return str(value["judge"])
 
 
 def _ensemble(what: str, name: str, value: Mapping[str, Any], weight: float) -> PartSpec:
