@@ -3,28 +3,23 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_align.data.loader import endless
 from lightning_align.errors import UserError, check_options, nearest
-from lightning_align.feedback.journal import Journal
 from lightning_align.losses.masked import Metrics
 from lightning_align.losses.preference import LOSSES
 from lightning_align.losses.rest import ImproveLoss, improve_loss, reward_weights
 from lightning_align.methods.dpo_options import pair_objective
-from lightning_align.methods.grown import experience_of, rows_of
-from lightning_align.methods.imitation import ImitationModule, said_of_scores
+from lightning_align.methods.growing import GrowingModule
+from lightning_align.methods.imitation import said_of_scores
 from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
 from lightning_align.rollout.types import Experience
 
-FOLDER = "grown"  # of the run, with one file of samples for each Grow step
 
-
-class ReSTModule(ImitationModule):
+class ReSTModule(GrowingModule):
     """Reinforced self-training (Gulcehre et al. 2023, 2308.08998), and ReST-EM (2312.06585); docs/rest.md.
 
     A Grow step draws ``samples_per_prompt`` completions of ``grow_batches`` batches of prompts, scores them, and writes
@@ -35,7 +30,6 @@ class ReSTModule(ImitationModule):
         learning_rate: Of the first Improve step of a Grow.
         lr_decay: Factor of the learning rate from one Improve step to the next.
         grow_steps: G.
-        grow_batches: Batches of ``data.batch_size`` prompts in a Grow step; each is written when it is there.
         samples_per_prompt: Completions of each prompt.
         quantiles: One Improve step for each: it keeps what scores above this quantile of the Grow step's scores.
         thresholds: Or one for each of these: it keeps what scores above. Null: the quantiles decide.
@@ -53,7 +47,7 @@ class ReSTModule(ImitationModule):
             the model at the start (ReST-EM).
         stop_when_worse: End a Grow step's Improve steps when the held-out reward does not rise, and go on with the best
             weights of them.
-        kwargs: The settings of :class:`~lightning_align.methods.online.OnlineModule`.
+        kwargs: The settings of :class:`~lightning_align.methods.growing.GrowingModule`.
     """
 
     def __init__(
@@ -62,7 +56,6 @@ class ReSTModule(ImitationModule):
         learning_rate: float = 2e-5,
         lr_decay: float = 0.5,
         grow_steps: int = 2,
-        grow_batches: int = 8,
         samples_per_prompt: int = 16,
         quantiles: Sequence[float] = (0.5, 0.75, 0.9),
         thresholds: list[float] | None = None,
@@ -94,7 +87,6 @@ class ReSTModule(ImitationModule):
             "model",
             ("lr_decay", lr_decay, 0 < lr_decay <= 1, "a factor above 0 and up to 1"),
             ("grow_steps", grow_steps, grow_steps >= 1, "at least 1"),
-            ("grow_batches", grow_batches, grow_batches >= 1, "at least 1"),
             ("quantiles", list(quantiles), within, "numbers from 0 to below 1"),
             (
                 "thresholds" if thresholds else "quantiles",
@@ -120,7 +112,6 @@ class ReSTModule(ImitationModule):
         self.absolute = thresholds is not None
         self.lr_decay = lr_decay
         self.grow_steps = grow_steps
-        self.grow_batches = grow_batches
         self.scope = scope
         self.max_per_prompt = max_per_prompt
         self.min_kept = min_kept
@@ -136,59 +127,9 @@ class ReSTModule(ImitationModule):
         self.improve_batch_size = improve_batch_size
         self.init = init
         self.stop_when_worse = stop_when_worse
-        self.grow = self.improve = 0
-        self.grown: Experience | None = None  # of this process
+        self.improve = 0
         self.best_reward: float | None = None  # on held-out prompts, of the Improve steps so far
         self.best_weights: dict[str, Tensor] = {}
-
-    # ------------------------------------------------------------------ Grow
-    def setup(self, stage: str) -> None:
-        """The prompts that Grow steps draw; what the trainer's loop brings is not used."""
-        if stage == "fit":
-            self.grow_loader = self.trainer.datamodule.further_loader()  # type: ignore[attr-defined]
-            self.grow_prompts = endless(self.grow_loader)
-
-    def journal(self) -> Journal:
-        """The file of this process's samples of the Grow step under way."""
-        rank = "" if self.trainer.world_size == 1 else f"-rank={self.trainer.global_rank}"
-        return Journal(Path(self.trainer.default_root_dir) / FOLDER / f"grow={self.grow + 1:02d}{rank}.jsonl")
-
-    def samples(self) -> dict[str, float]:
-        """Have the Grow step's samples: those that are in its file, and those that are still to be drawn."""
-        journal = self.journal()
-        if self.improve == 0:
-            self.draw_samples(journal)
-        keys = [f"{chunk}-{row}" for chunk in range(self.grow_batches) for row in range(self.rows_of_batch())]
-        if any(key not in journal for key in keys):
-            raise UserError(
-                f"{journal.path} lacks samples that the run has learnt from: put the file back, or start again with "
-                "--overwrite"
-            )
-        self.grown, proxy = experience_of([journal[key] for key in keys], self.sampling.num_samples, self.device)
-        assert self.grown.logp is not None
-        assert self.grown.ref_logp is not None
-        kl = self.grown.logp - self.grown.ref_logp
-        metrics = self.completion_metrics(self.grown.rollout, proxy, self.grown.logp, kl)
-        return metrics if self.improve == 0 else {}  # they are about the policy that the Grow step began with
-
-    def rows_of_batch(self) -> int:
-        """Completions of a batch of prompts."""
-        return self.trainer.datamodule.batch_size * self.sampling.num_samples  # type: ignore[attr-defined]
-
-    def draw_samples(self, journal: Journal) -> None:
-        """Draw, score and write a batch of prompts at a time; what the file has is not drawn again."""
-        for chunk in range(self.grow_batches):
-            batch = next(self.grow_prompts)
-            keys = [f"{chunk}-{row}" for row in range(self.rows_of_batch())]
-            known = torch.tensor(all(key in journal for key in keys), device=self.device).float()
-            if int(self.all_reduce(known)) == self.trainer.world_size:
-                self.draws += 1
-                continue
-            rollout = self.sample(batch)
-            proxy = self.scores(self.frozen.reward, rollout)
-            reference = self.stats(self.frozen.reference, rollout)
-            rows = rows_of(rollout, proxy, rollout.engine_logp.sum(1), reference.logp.sum(1))
-            journal.add({key: row for key, row in zip(keys, rows, strict=True) if key not in journal})
 
     # ------------------------------------------------------------------ Improve
     @torch.no_grad()
@@ -196,7 +137,10 @@ class ReSTModule(ImitationModule):
         """What this Improve step learns; the samples were drawn by the Grow step before it."""
         if self.improve == 0:
             self.begin_grow()
-        metrics = {} if self.grown is not None else self.samples()
+        metrics: dict[str, float] = {}
+        if self.grown is None:
+            of_samples = self.have_samples(draw=self.improve == 0)
+            metrics = of_samples if self.improve == 0 else {}  # they are about the policy that Grow began with
         assert self.grown is not None
         scores = self.grown.scores
         rows, thresholds = self.kept(self.improve)
@@ -360,22 +304,21 @@ class ReSTModule(ImitationModule):
 
     # ------------------------------------------------------------------ state
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Which step comes next, the place among the prompts, and the weights to go back to."""
+        """Which step comes next, and the weights to go back to."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["method"] |= {"grow": self.grow, "improve": self.improve, "best_reward": self.best_reward}
-        checkpoint["method"] |= {"prompts": self.grow_loader.state_dict(), "best_weights": self.best_weights}
+        checkpoint["method"] |= {"improve": self.improve, "best_reward": self.best_reward}
+        checkpoint["method"]["best_weights"] = self.best_weights
         if self.init == "base" and self.lora is not None:  # adapters begin with random numbers
             checkpoint["method"]["base_weights"] = self.base_weights
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on there; samples come from their file."""
+        """Go on there."""
         super().on_load_checkpoint(checkpoint)
         method = checkpoint["method"]
-        self.grow, self.improve, self.best_reward = method["grow"], method["improve"], method["best_reward"]
+        self.improve, self.best_reward = method["improve"], method["best_reward"]
         self.best_weights = method["best_weights"]
-        self.base_weights = method.get("base_weights", getattr(self, "base_weights", {}))
-        if hasattr(self, "grow_loader"):  # not for validate and test
-            self.grow_loader.load_state_dict(method["prompts"])
+        if "base_weights" in method:
+            self.base_weights = method["base_weights"]
 
 
 def quantile(values: Tensor, level: float) -> float:
