@@ -5,13 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lightning_align.errors import check_options
+from lightning_align.feedback.judges import preferences
+from lightning_align.feedback.sources import kind_of_judge, load_judge
 from lightning_align.losses.masked import Metrics
 from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.measures import column_sums, truncated
 from lightning_align.methods.online import OnlineModule
 from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
+from lightning_align.models.loading import Parameters, count_parameters
 from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout
 
@@ -21,7 +25,8 @@ class OnlineDPOModule(OnlineModule):
 
     Every iteration draws completions of each prompt; the one that the reward likes best and the one it likes least are
     a pair for a preference loss, whose reference is the policy as it was at the start. Prompts whose completions score
-    alike teach nothing; their share is logged.
+    alike teach nothing; their share is logged. With a judge it is asked which of two completions is better, in both
+    orders, and the reward is only logged.
 
     Args:
         learning_rate: 5e-7 for billions of parameters; up to 1e-4 for a few millions.
@@ -29,6 +34,9 @@ class OnlineDPOModule(OnlineModule):
         loss_type: ``sigmoid``, ``ipo``, or any other loss of pairs of ``DPOModule`` but ``cpo`` and ``orpo``.
         beta: Strength of the pull to the reference; null is the loss's own, 0.1 for ``sigmoid`` and ``ipo``.
         label_smoothing: Probability that an order is wrong (``sigmoid``, ``robust``, ``simpo``).
+        judge: Who compares two completions, instead of the reward: a run, path, hub id, ``http://host:port/v1#model``,
+            ``package.module.function`` or ``file.py:function``.
+        judge_wording: How a language model is asked: ``default``, ``playground``, or a YAML file.
         missing_eos_penalty: Subtract this from the score of a completion that hit the length limit, before ordering.
         kwargs: The settings of :class:`~lightning_align.methods.online.OnlineModule`.
     """
@@ -41,6 +49,8 @@ class OnlineDPOModule(OnlineModule):
         loss_type: str = "sigmoid",
         beta: float | None = None,
         label_smoothing: float = 0.0,
+        judge: str | None = None,
+        judge_wording: str = "default",
         missing_eos_penalty: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -57,9 +67,31 @@ class OnlineDPOModule(OnlineModule):
                 missing_eos_penalty is None or missing_eos_penalty > 0,
                 "above 0: it is subtracted",
             ),
+            (
+                "missing_eos_penalty",
+                missing_eos_penalty,
+                missing_eos_penalty is None or judge is None,
+                "null with a judge",
+            ),
+            ("samples_per_prompt", samples_per_prompt, samples_per_prompt == 2 or judge is None, "2 with a judge"),
         )
         self.objective = pair_objective(loss_type, beta=beta, label_smoothing=label_smoothing)
         self.missing_eos_penalty = missing_eos_penalty
+        self.judge_source = judge
+        self.judge_wording = judge_wording
+
+    def configure_model(self) -> None:
+        """Also the judge."""
+        super().configure_model()
+        if self.judge_source is not None and not hasattr(self, "judge"):
+            self.judge = load_judge(self.judge_source, self.judge_wording)
+
+    def parameter_roles(self) -> dict[str, Parameters]:
+        """The judge too, where it is a model in this process."""
+        roles = super().parameter_roles()
+        if self.judge_source is not None and kind_of_judge(self.judge_source) == "model":
+            roles["judge"] = count_parameters(self.judge_source, None, AutoModelForCausalLM, dtype="auto")
+        return roles
 
     @torch.no_grad()
     def experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
@@ -70,6 +102,9 @@ class OnlineDPOModule(OnlineModule):
         scores = proxy.total
         if self.missing_eos_penalty is not None:
             scores = scores - self.missing_eos_penalty * truncated(rollout)
+        if self.judge_source is not None:
+            scores, judged = self.judged(rollout)
+            metrics |= judged
         rows, dropped = best_and_worst(scores, rollout)
         everything = Experience(rollout, scores, ref_logp=reference.logp)
         margins = scores[rows[::2]] - scores[rows[1::2]]
@@ -80,6 +115,13 @@ class OnlineDPOModule(OnlineModule):
             }
         )
         return everything.select(rows) if rows else everything.select([0, 1]).without_learning(), metrics
+
+    def judged(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """Probability of each completion to be the better one of its prompt's two ``[B]``, NaN without an answer."""
+        prompts = [record["prompt"] for record in rollout.records[::2]]
+        label, sums = preferences(self.judge, prompts, rollout.completions[::2], rollout.completions[1::2])
+        scores = torch.stack([label, 1 - label], dim=1).flatten().to(self.device)
+        return scores, self.ratios({name: (a.to(self.device), b.to(self.device)) for name, (a, b) in sums.items()})
 
     def divisor(self, minibatch: Experience) -> Tensor:
         """Pairs."""

@@ -9,6 +9,15 @@ from lightning_align.losses.preference import LOSSES, Pairs
 from lightning_align.methods.online_pairs import best_and_worst
 
 SCORES = """
+def shorter(prompts, first, second):
+    return [0.5 if len(a) == len(b) else 0.9 if len(a) < len(b) else 0.1 for a, b in zip(first, second)]
+
+def shown_first(prompts, first, second):
+    return [0.8] * len(first)
+
+def silent(prompts, first, second):
+    return [None] * len(first)
+
 def length(completions, **_):
     return [float(len(text)) for text in completions]
 
@@ -120,6 +129,43 @@ def test_what_the_reward_likes_becomes_likelier(world: Any, bandit: dict[str, An
     assert after > 0.95
 
 
+def test_a_judge_orders_pairs_against_the_reward(world: Any, options: dict[str, Any]) -> None:
+    judged = {**options, "model.samples_per_prompt": 2, "model.judge": "@scores.py:shorter"}
+    module = world.ready(judged)  # the reward likes long completions
+    rollout = drawn(module)
+    experience, metrics = module.experience(rollout)
+    ids, lengths = rollout.completion_ids(), [len(text) for text in rollout.completions]
+    expected = []
+    for row in range(0, 8, 2):
+        if lengths[row] != lengths[row + 1]:
+            expected += [ids[row], ids[row + 1]][:: 1 if lengths[row] < lengths[row + 1] else -1]
+    assert experience.rollout.completion_ids() == expected
+    assert metrics["pairs/dropped"] == 1 - len(expected) / 8
+    assert metrics["ai/position_bias"] == 0
+    assert metrics["lab/proxy"] == pytest.approx(sum(lengths) / 8)
+    loss, sums = module.minibatch_loss(experience, module.divisor(experience))
+    (gradient,) = torch.autograd.grad(loss, module.model.lm_head.weight)
+    with torch.no_grad():
+        module.model.lm_head.weight -= 1e-3 * gradient / gradient.norm()
+    # the shorter ones have become likelier beside the longer ones
+    after = module.minibatch_loss(experience, module.divisor(experience))[1]["rewards/margins"]
+    assert float(after[0]) > float(sums["rewards/margins"][0])
+
+
+@pytest.mark.parametrize("judge", ["shown_first", "silent"])
+def test_a_judge_that_decides_nothing_teaches_nothing(world: Any, options: dict[str, Any], judge: str) -> None:
+    run = world.fit({**options, "model.samples_per_prompt": 2, "model.judge": f"@scores.py:{judge}"})
+    start = type(run)(world.root / "sft").weights
+    assert all(torch.equal(values, start[name]) for name, values in run.weights.items())
+    assert all(row["pairs/dropped"] == 1 for row in run.rows)
+
+
+def test_a_language_model_judges(world: Any, options: dict[str, Any]) -> None:
+    judge = {"model.samples_per_prompt": 2, "model.judge": "@pretrain", "model.judge_wording": "playground"}
+    run = world.fit({**options, **judge})
+    assert all(0 < row["ai/mass"] < 1 and 0.5 <= row["ai/mean_confidence"] <= 1 for row in run.rows)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -129,6 +175,8 @@ def test_what_the_reward_likes_becomes_likelier(world: Any, bandit: dict[str, An
         ({"loss_type": "ipo", "label_smoothing": 0.1}, "loss_type ipo does not use it"),
         ({"samples_per_prompt": 1}, "model.samples_per_prompt is 1: give at least 2"),
         ({"micro_batch_size": 1}, "model.micro_batch_size is 1: give at least 2, a pair"),
+        ({"judge": "@scores.py:shorter"}, "model.samples_per_prompt is 4: give 2 with a judge"),
+        ({"judge": "@nowhere.py:shorter", "samples_per_prompt": 2}, "there is no file"),
         ({"missing_eos_penalty": -1.0}, "above 0: it is subtracted"),
     ],
 )
