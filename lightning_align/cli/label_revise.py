@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     check_target(options.out, overwrite=options.overwrite)
     work = Work.read(options)
-    chains = make_chains(work, options)
+    chains, work = _without_failures(make_chains(work, options), work)
     metrics = {**tally_metrics(tally(chains)), **gold_metrics(work, chains, options)}
     learnt = []
     for chain in chains:
@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> OptionParser:
     parser = OptionParser("label revise", "Answers that a model has revised under a constitution, as demonstrations.")
-    parser.add_argument("--model", required=True, help="answers: run directory, local path or hub id")
+    parser.add_argument(
+        "--model", required=True, help="answers: run directory, local path, hub id or http://host:port/v1#model"
+    )
     parser.add_argument("--critic", help="criticises and revises (default: --model)")
     parser.add_argument("--constitution", required=True, help="playground, default, or a YAML file")
     parser.add_argument("--data", required=True, help="prompts: a file, folder, hub id or playground")
@@ -129,11 +131,31 @@ def is_helpful(record: Mapping[str, Any]) -> bool:
     return record.get("is_safety") is False
 
 
+def _without_failures(chains: Sequence[Any], work: Work) -> tuple[list[Any], Work]:
+    """The chains that were made, and their part of the work."""
+    there = [row for row, chain in enumerate(chains) if chain is not None]
+    if len(there) < len(chains):
+        print(
+            f"{len(chains) - len(there):,} of {len(chains):,} chains lack a reply of a model and are left out: "
+            "the same command with --overwrite asks for them again",
+            file=sys.stderr,
+        )
+    if not there:
+        raise UserError("no chain was made: the models gave no replies")
+    kept = Work(
+        work.constitution,
+        [work.records[row] for row in there],
+        [work.revised[row] for row in there],
+        [work.keys[row] for row in there],
+    )
+    return [chains[row] for row in there], kept
+
+
 def make_chains(work: Work, options: Namespace) -> list[Any]:
-    """All chains; those that the journal holds are not made again."""
+    """All chains, None for one that failed; those that the journal holds are not made again."""
     from lightning_align.feedback.journal import Journal, key_of
-    from lightning_align.feedback.models import LocalModel
     from lightning_align.feedback.revise import Chain, Reviser
+    from lightning_align.feedback.sources import load_language_model
     from lightning_align.rollout.types import SamplingParams
 
     temperature = options.temperature if options.revision_temperature is None else options.revision_temperature
@@ -158,10 +180,10 @@ def make_chains(work: Work, options: Namespace) -> list[Any]:
         print(f"{there:,} of {len(keys):,} chains are in {journal.path}", file=sys.stderr)
     if there < len(keys):
         load = {"dtype": options.dtype, "batch_size": options.batch_size}
-        model = LocalModel.load(options.model, **load)
+        model = load_language_model(options.model, **load)
         reviser = Reviser(
             model,
-            model if same else LocalModel.load(options.critic, **load),
+            model if same else load_language_model(options.critic, **load),
             work.constitution,
             **sampling,
             revisions=options.revisions,
@@ -174,9 +196,12 @@ def make_chains(work: Work, options: Namespace) -> list[Any]:
             continue
         prompts = [work.records[row]["prompt"] for row in rows]
         made = reviser.chains(prompts, [work.keys[row] for row in rows], [work.revised[row] for row in rows])
-        journal.add({keys[row]: chain.as_row() for row, chain in zip(rows, made, strict=True)})
+        journal.add({keys[row]: chain.as_row() for row, chain in zip(rows, made, strict=True) if not chain.failed})
         print(f"chains {rows[-1] + 1:,}/{len(keys):,}", file=sys.stderr, flush=True)
-    return [Chain.from_row(record["prompt"], journal[key]) for record, key in zip(work.records, keys, strict=True)]
+    return [
+        Chain.from_row(record["prompt"], journal[key]) if key in journal else None
+        for record, key in zip(work.records, keys, strict=True)
+    ]
 
 
 def identity(source: str) -> Any:

@@ -48,12 +48,14 @@ class Chain:
         first: The completion that is revised.
         finished: Whether that ended by itself.
         steps: The revisions; none for a prompt whose completion is taken as it is.
+        failed: Whether a model gave no reply somewhere: nothing is learnt of the chain.
     """
 
     prompt: Prompt
     first: str
     finished: bool
     steps: tuple[Step, ...] = ()
+    failed: bool = False
 
     def completions(self) -> list[Reply]:
         """The completion after each step, ``[N + 1]`` with the first one; after a faulty step it is the one before."""
@@ -123,19 +125,24 @@ class Reviser:
             revised: Whether the first completion is to be revised.
         """
         answers = self._sample(self.model, prompts, self.answer, keys, "answer", 0)
-        chains = [Chain(prompt, reply.text, reply.finished) for prompt, reply in zip(prompts, answers, strict=True)]
+        chains = [
+            Chain(prompt, reply.text, reply.finished, failed=reply.failed)
+            for prompt, reply in zip(prompts, answers, strict=True)
+        ]
         rows = [index for index, wanted in enumerate(revised) if wanted]
         for step in range(1, self.revisions + 1):
             steps = self._step([chains[row] for row in rows], [keys[row] for row in rows], step)
-            for row, made in zip(rows, steps, strict=True):
-                chains[row] = replace(chains[row], steps=(*chains[row].steps, made))
+            for row, chain in zip(rows, steps, strict=True):
+                chains[row] = chain
         return chains
 
-    def _step(self, chains: Sequence[Chain], keys: Sequence[str], step: int) -> list[Step]:
+    def _step(self, chains: Sequence[Chain], keys: Sequence[str], step: int) -> list[Chain]:
+        """The chains with one more step."""
         constitution, templates = self.constitution, self.constitution.templates
         before = [chain.completions()[-1].text for chain in chains]
         rules = [constitution.draw(key, step) for key in keys]
         critiques: list[str | None] = [None] * len(chains)
+        failed = [chain.failed for chain in chains]
         if self.critiques:
             questions = [
                 constitution.ask_critique(chain.prompt, text, rule)
@@ -144,6 +151,7 @@ class Reviser:
             params = replace(self.critique, stop_strings=templates.critique_stop)
             replies = self._sample(self.critic, questions, params, keys, "critique", step)
             critiques = [reply.text.strip() for reply in replies]
+            failed = [gone or reply.failed for gone, reply in zip(failed, replies, strict=True)]
         questions = [
             constitution.ask_revision(chain.prompt, text, rule, critique)
             for chain, text, rule, critique in zip(chains, before, rules, critiques, strict=True)
@@ -151,10 +159,12 @@ class Reviser:
         params = replace(self.revision, stop_strings=(*self.revision.stop_strings, *templates.revision_stop))
         replies = self._sample(self.critic, questions, params, keys, "revision", step)
         made = []
-        for chain, rule, critique, text, reply in zip(chains, rules, critiques, before, replies, strict=True):
+        rows = zip(chains, rules, critiques, before, replies, failed, strict=True)
+        for chain, rule, critique, text, reply, gone in rows:
             fault = find_fault(reply, text, constitution.requests, critique)
             revision = (margin(chain.first) if isinstance(chain.prompt, str) else "") + reply.text.strip()
-            made.append(Step(rule.name, critique, revision, fault, words(revision) != words(text)))
+            step_made = Step(rule.name, critique, revision, fault, words(revision) != words(text))
+            made.append(replace(chain, steps=(*chain.steps, step_made), failed=gone or reply.failed))
         return made
 
     def _sample(
@@ -221,6 +231,8 @@ def demonstrations(chain: Chain, constitution: Constitution, *, keep: Keep, on_b
         on_bad: Where a step is at fault, ``keep_previous`` teaches the completion before it once more; ``drop`` leaves
             the step out.
     """
+    if chain.failed:
+        return []
     texts, used = chain.completions(), [step.principle for step in chain.steps]
     wanted = list(range(1, len(texts))) or [0]
     if on_bad == "drop":
@@ -241,7 +253,7 @@ def is_learnable(reply: Reply, requests: Sequence[str], critiques: Sequence[str 
 
 def tally(chains: Sequence[Chain]) -> dict[str, int]:
     """What happened, as counts that add up over chains: critiques, revisions, changed ones, and those at each fault."""
-    steps = [step for chain in chains for step in chain.steps]
+    steps = [step for chain in chains if not chain.failed for step in chain.steps]
     faults = Counter(step.fault for step in steps)
     return {
         "critiques": sum(step.critique is not None for step in steps),

@@ -59,6 +59,10 @@ SHORT: dict[str, list[str]] = {
         *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6"),
         *("--data.playground.size=40", "--data.batch_size=4", "--data.val_path=prompt.jsonl"),
     ],
+    "constitutional": [
+        *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=12", "--model.revisions=1"),
+        *("--data.playground.size=40", "--data.batch_size=8", "--data.val_path=prompt.jsonl"),
+    ],
     **{
         name: [
             *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=6"),

@@ -217,6 +217,19 @@ def test_playground_critiques_end_with_their_sentence() -> None:
     assert [params.stop_strings for _, params, _ in model.asked] == [(), (".",), ()]
 
 
+@pytest.mark.parametrize("silent", [0, 1, 2])
+def test_a_chain_without_a_reply_teaches_nothing(silent: int) -> None:
+    class Silent(Scripted):
+        def sample(self, prompts: Sequence[Prompt], params: SamplingParams, *, seeds: Sequence[int]) -> list[Reply]:
+            replies = super().sample(prompts, params, seeds=seeds)
+            return [Reply("", False, failed=True)] * len(prompts) if len(self.asked) == silent + 1 else replies
+
+    (chain,) = reviser(Silent(shouter)).chains(["Hello"], ["k"], [True])
+    assert chain.failed
+    assert demonstrations(chain, LOUD, keep="all", on_bad="keep_previous") == []
+    assert tally([chain])["revisions"] == 0
+
+
 def test_no_revisions_is_refused() -> None:
     with pytest.raises(UserError, match="revisions is 0: give at least 1"):
         reviser(Scripted(shouter), revisions=0)

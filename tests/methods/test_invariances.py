@@ -92,6 +92,7 @@ HINDSIGHT = {
     **{"model.relabel": "score_bucket", "model.instructions": ["cat : ", "dog : ", "cow : "]},
     **{"model.samples_per_prompt": 3, "model.num_epochs": 2, "model.buffer_rounds": 2, "model.entropy_coef": 0.1},
 }
+REVISED = {"model.constitution": "playground", "model.revisions": 2, "model.max_new_tokens": 16, "model.num_epochs": 2}
 METHODS = {
     "pretrain": Method(
         offline("PretrainModule", "model.yaml", "TextDataModule", "text", **UNPACKED), "loss_weights", packs=True
@@ -108,6 +109,7 @@ METHODS = {
     "online_dpo": Method(online("OnlineDPOModule", **PAIRS), "ref_logp", smallest=2),
     "rest": Method(online("ReSTModule", **GROWN), "advantages"),
     "hir": Method(online("HIRModule", **HINDSIGHT), "weights"),
+    "constitutional": Method(online("ConstitutionalModule", **REVISED), "completion_mask"),
     "rejection": Method(online("RejectionSamplingModule", **SELECTED), "completion_mask"),
 }
 every_method = pytest.mark.parametrize("name", METHODS)
