@@ -5,11 +5,10 @@ import math
 import os
 import random
 import re
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Event, Lock
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
@@ -46,7 +45,8 @@ class EndpointModel:
 
     What fails for a reason that may pass (no answer in time, no connection, 429 and 5xx, something that is no chat
     completion) is tried again with pauses that double, up to a random share. A question that fails for good gets no
-    answer, and others go on.
+    answer, and others go on, until too many in a row have failed: the rest of them is not put, those that were answered
+    are returned, and the next call raises :class:`UserError`.
 
     Args:
         source: ``http(s)://host:port/v1#model-name``.
@@ -102,6 +102,7 @@ class EndpointModel:
         self._lock = Lock()
         self._in_a_row = 0
         self._gives_logps = True
+        self._enough = Event()  # of failures, or of this call: nothing more is put
 
     def key(self) -> str:
         """See :meth:`LanguageModel.key`: the server's address and the model's name."""
@@ -149,10 +150,14 @@ class EndpointModel:
         return torch.tensor(self._in_parallel(ask, prompts), dtype=torch.float32).view(-1, len(options))
 
     def _in_parallel(self, ask: Callable[[Any], Result], rows: Sequence[Any]) -> list[Result]:
+        if self._in_a_row >= self.max_failures:
+            raise UserError(self._what_failed())
+        self._enough.clear()
         pool = ThreadPoolExecutor(self.parallel)
         try:
             return list(pool.map(ask, rows))
-        finally:
+        finally:  # after an error or an interruption, those under way do not go on to wait and try again
+            self._enough.set()
             pool.shutdown(cancel_futures=True)
 
     def _note_no_logps(self) -> None:
@@ -170,6 +175,8 @@ class EndpointModel:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         body = {"model": self.model, "messages": messages, **options}
         for number in range(self.retries + 1):
+            if self._enough.is_set():
+                break
             extra = {"logprobs": True, "top_logprobs": TOP} if logps and self._gives_logps else {}
             fault, wait = "malformed", 0.0
             try:
@@ -182,22 +189,21 @@ class EndpointModel:
                     return choice
                 if extra and response.status_code in (400, 422) and "logprob" in response.text:
                     self._gives_logps = False
-                    fault = "logprobs refused"
-                elif response.status_code in BUSY or response.status_code >= 500:
-                    fault, wait = "busy", _seconds(response.headers.get("Retry-After", ""))
-                else:
+                    return self._ask(prompt, options)
+                if response.status_code not in BUSY and response.status_code < 500:
                     raise UserError(self._refusal(response))
+                fault, wait = "busy", _seconds(response.headers.get("Retry-After", ""))
             except httpx.TimeoutException:
                 fault = "timeout"
             except (httpx.TransportError, httpx.InvalidURL):
                 fault = "connection"
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            except (httpx.DecodingError, ValueError, KeyError, TypeError, IndexError, AttributeError):
                 pass  # not JSON, or no chat completion
             self._count(fault)
-            if number < self.retries:
+            if number < self.retries and not self._enough.is_set():
                 self._count("retries")
                 doubled = min(LONGEST_WAIT, self.pause * 2**number)
-                time.sleep(max(min(wait, LONGEST_WAIT), doubled * random.uniform(0.5, 1)))
+                self._enough.wait(max(min(wait, LONGEST_WAIT), doubled * random.uniform(0.5, 1)))
         self._fail()
         return None
 
@@ -209,14 +215,16 @@ class EndpointModel:
         with self._lock:
             self.num["failures"] += 1
             self._in_a_row += 1
-            stop = self._in_a_row >= self.max_failures
-        if stop:
-            kinds = ("timeout", "connection", "busy", "malformed")
-            seen = ", ".join(f"{self.num[kind]} {kind}" for kind in kinds if self.num[kind])
-            raise UserError(
-                f"endpoint {self.name}: {self._in_a_row} questions in a row got no answer after {self.retries + 1} "
-                f"tries each ({seen}): see whether it is up and what it can take at a time"
-            )
+            if self._in_a_row >= self.max_failures:
+                self._enough.set()
+
+    def _what_failed(self) -> str:
+        kinds = ("timeout", "connection", "busy", "malformed")
+        seen = ", ".join(f"{self.num[kind]} {kind}" for kind in kinds if self.num[kind])
+        return (
+            f"endpoint {self.name}: {self._in_a_row} questions in a row got no answer after up to {self.retries + 1} "
+            f"tries each ({seen}): see whether it is up and what it can take at a time"
+        )
 
     def _refusal(self, response: httpx.Response) -> str:
         said = " ".join(response.text.split())

@@ -10,6 +10,7 @@ from lightning_align.feedback.journal import key_of
 from lightning_align.playground import texts, world
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant"}
+ASPECTS = {adjective: aspect for aspect, adjective in texts.QUESTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,19 @@ class JudgeWording:
 class PlaygroundWording(JudgeWording):
     """The questions of the playground's own text, word for word; the principles are its aspects' adjectives."""
 
+    def with_principles(self, principles: Sequence[str]) -> "JudgeWording":
+        """See :meth:`JudgeWording.with_principles`."""
+        for principle in principles:
+            if principle not in ASPECTS:
+                raise UserError(
+                    f"the playground compares by {', '.join(ASPECTS)}, not by {principle!r}"
+                    f"{nearest(principle, ASPECTS)}"
+                )
+        return replace(self, principles=tuple(principles))
+
     def _comparison(self, prompt: Prompt, first: str, second: str, principle: str | None) -> str:
-        aspects = {adjective: aspect for aspect, adjective in texts.QUESTIONS.items()}
-        if principle not in aspects:
-            raise UserError(
-                f"the playground compares by {', '.join(aspects)}, not by {principle!r}"
-                f"{nearest(str(principle), aspects)}"
-            )
-        return texts.comparison_prompt(as_text(prompt), first, second, aspects[principle])
+        assert principle is not None  # all have principles
+        return texts.comparison_prompt(as_text(prompt), first, second, ASPECTS[principle])
 
     def rate(self, prompt: Prompt, completion: str) -> str:
         """See :meth:`JudgeWording.rate`."""
