@@ -41,6 +41,7 @@ def test_the_configuration_is_understood() -> None:
         ("helpful", "learned", 1.0),
         ("brief", "function", 0.1),
         ("exact", "function", 2.0),
+        ("rater", "judge", 1.0),
     ]
     gold = build_reward(options["gold"], default_name="gold")
     assert [(part.name, part.weight) for part in gold.parts] == [("gold", 1.0), ("helpfulness", 0.0), ("safety", 0.0)]
