@@ -1,6 +1,7 @@
 """``label``: makes records. One file per command beside this one."""
 
 import importlib
+from types import ModuleType
 
 from lightning_align.errors import UserError, nearest
 
@@ -16,7 +17,16 @@ def main(argv: list[str]) -> int:
         lines = "\n".join(f"  {name:<8}{summary}" for name, summary in COMMANDS.items())
         print(f"usage: lightning-align label COMMAND [options]\n\ncommands:\n{lines}")
         return 0
-    if argv[0] not in COMMANDS:
+    return _module(argv[0]).main(argv[1:])
+
+
+def check_label(argv: list[str]) -> None:
+    """Raise :class:`UserError` for words that the command they name would refuse; nothing is loaded or written."""
+    _module(argv[0]).read_options(argv[1:])
+
+
+def _module(name: str) -> ModuleType:
+    if name not in COMMANDS:
         names = list(COMMANDS)
-        raise UserError(f"unknown label command '{argv[0]}'{nearest(argv[0], names)} (there are: {', '.join(names)})")
-    return importlib.import_module(f"lightning_align.cli.label_{argv[0]}").main(argv[1:])
+        raise UserError(f"unknown label command '{name}'{nearest(name, names)} (there are: {', '.join(names)})")
+    return importlib.import_module(f"lightning_align.cli.label_{name}")

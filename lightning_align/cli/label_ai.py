@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_align.cli.label_revise import beside, show, write_metrics
+from lightning_align.cli.label_files import beside, show, write_metrics
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
 
@@ -24,8 +24,7 @@ def main(argv: list[str]) -> int:
     from lightning_align.data.writers import check_target, write_records
     from lightning_align.feedback.journal import Journal
 
-    options = _parser().parse_args(argv)
-    _check(options)
+    options = read_options(argv)
     check_target(options.out, overwrite=options.overwrite)
     journal = Journal(options.cache or beside(options.out, "journal"))
     pairs = _read_pairs(options, journal)
@@ -89,7 +88,9 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _check(options: Namespace) -> None:
+def read_options(argv: list[str]) -> Namespace:
+    """The options, checked as far as that takes no model and no data."""
+    options = _parser().parse_args(argv)
     rules = ("limit", 1), ("num_pairs", 1), ("max_new_tokens", 1), ("batch_size", 1), ("max_rationale_tokens", 1)
     for name, least in rules:
         value = getattr(options, name)
@@ -97,6 +98,31 @@ def _check(options: Namespace) -> None:
             raise UserError(f"--{name} is {value}: give at least {least}")
     if options.temperature <= 0:
         raise UserError(f"--temperature is {options.temperature}: give one above 0")
+    from lightning_align.feedback.judges import check_bounds
+    from lightning_align.feedback.sources import kind_of_judge, load_language_model
+    from lightning_align.feedback.wording_file import read_wording
+
+    check_bounds(_bounds(options))
+    if kind_of_judge(options.judge) != "function":
+        wording = read_wording(options.wording)
+        principles = _principles(options)
+        wording = wording if principles is None else wording.with_principles(principles)
+        if options.cot:
+            wording.reasons("")
+    for source in (options.judge, options.model):
+        if source is not None and kind_of_judge(source) == "endpoint":
+            load_language_model(source, **_loading(options))
+    return options
+
+
+def _bounds(options: Namespace) -> tuple[float, float] | None:
+    return None if options.clamp is None else (options.clamp[0], options.clamp[1])
+
+
+def _principles(options: Namespace) -> tuple[str, ...] | None:
+    from lightning_align.feedback.constitution_file import read_constitution
+
+    return None if options.constitution is None else read_constitution(options.constitution).preferences
 
 
 def _loading(options: Namespace) -> dict[str, Any]:
@@ -131,17 +157,16 @@ def _read_pairs(options: Namespace, journal: "Journal") -> "Labelled":
 
 
 def _judge(options: Namespace, journal: "Journal") -> "CachedJudge":
-    from lightning_align.feedback.constitution_file import read_constitution
     from lightning_align.feedback.judges import CHUNK, CachedJudge
     from lightning_align.feedback.sources import kind_of_judge, load_judge
 
     judge = load_judge(
         options.judge,
         options.wording,
-        principles_of=None if options.constitution is None else read_constitution(options.constitution).preferences,
+        principles_of=_principles(options),
         loading=_loading(options),
         principles=options.principles,
-        bounds=None if options.clamp is None else tuple(options.clamp),
+        bounds=_bounds(options),
         rationale_tokens=options.max_rationale_tokens if options.cot else 0,
         seed=options.seed,
     )

@@ -1,6 +1,5 @@
 """``label revise``: a model criticises and revises its answers; what it arrives at becomes demonstrations."""
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_align.cli.evaluate_data import read_columns
+from lightning_align.cli.label_files import beside, show, write_metrics
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
 
@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     from lightning_align.data.writers import check_target, write_records
     from lightning_align.feedback.revise import demonstrations, tally
 
-    options = _parser().parse_args(argv)
+    options = read_options(argv)
     check_target(options.out, overwrite=options.overwrite)
     work = Work.read(options)
     chains, work = _without_failures(make_chains(work, options), work)
@@ -80,6 +80,19 @@ def _parser() -> OptionParser:
     return parser
 
 
+def read_options(argv: list[str]) -> Namespace:
+    """The options, checked as far as that takes no model and no data."""
+    from lightning_align.feedback.constitution_file import read_constitution
+
+    options = _parser().parse_args(argv)
+    for name, least in (("revisions", 1), ("batch_size", 1), ("limit", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}: give at least {least}")
+    read_constitution(options.constitution)
+    return options
+
+
 @dataclass(frozen=True)
 class Work:
     """What there is to do.
@@ -103,10 +116,6 @@ class Work:
         from lightning_align.feedback.constitution_file import read_constitution
         from lightning_align.feedback.journal import key_of
 
-        for name, least in (("revisions", 1), ("batch_size", 1), ("limit", 1)):
-            value = getattr(options, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} is {value}: give at least {least}")
         constitution = read_constitution(options.constitution)
         loaded = load_records(options.data, "prompt", split=options.split, columns=read_columns(options))
         records = loaded.records[: options.limit]
@@ -272,29 +281,3 @@ def check_something(metrics: Mapping[str, Any], options: Namespace, learnt: Sequ
             f"nothing is left to learn of {metrics['cai/nothing_learnt']:,} chains (look at {chains}): answers and "
             "revisions are empty, cut off at --max_new_tokens, or repeat the questions"
         )
-
-
-def show(metrics: Mapping[str, Any]) -> None:
-    """One line a metric."""
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            low, high = value["ci"]
-            print(f"{name:<36} {value['value']:.3f} [{low:.3f}, {high:.3f}]")
-        else:
-            print(f"{name:<36} {value:.3f}" if isinstance(value, float) else f"{name:<36} {value}")
-
-
-def write_metrics(metrics: Mapping[str, Any], path: Path) -> None:
-    """As JSON."""
-    from lightning_align.run.files import replacing
-
-    with replacing(path, "make room or mend this, and start again: nothing is made twice") as file:
-        file.write((json.dumps(metrics, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def beside(out: Path, ending: str) -> Path:
-    """A file next to ``out`` under its name: ``sft.jsonl`` and ``chains.jsonl`` give ``sft.chains.jsonl``."""
-    from lightning_align.data.files import COMPRESSIONS
-
-    name = out.with_suffix("") if out.suffix.lower() in COMPRESSIONS else out
-    return name.with_suffix(f".{ending}")

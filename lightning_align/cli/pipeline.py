@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 import lightning_align
+from lightning_align.cli.label import check_label
 from lightning_align.cli.main import EXIT_INTERRUPTED
 from lightning_align.cli.options import OptionParser
 from lightning_align.cli.stages import Pipeline, Stage, read_pipeline
@@ -62,10 +63,10 @@ def main(argv: list[str]) -> int:
 
 def check_stages(pipeline: Pipeline, wanted: list[Stage]) -> None:
     """Raise :class:`UserError` for what would only be found when a stage begins, before the first one does."""
-    fits = [stage for stage in wanted if stage.config is not None]
-    for stage in fits:
+    checked = [stage for stage in wanted if stage.lab is None]
+    for stage in checked:
         for parent in pipeline.stages:
-            if parent.name in stage.parents and parent not in wanted and not is_run(parent.folder):
+            if parent.name in stage.parents and parent not in wanted and not parent.there:
                 raise UserError(
                     f"stage '{stage.name}' needs stage '{parent.name}', which has not run ({parent.folder}): run that "
                     "first"
@@ -73,9 +74,12 @@ def check_stages(pipeline: Pipeline, wanted: list[Stage]) -> None:
     from lightning_align.cli.build import check_words, import_methods  # takes seconds
 
     import_methods()
-    for stage in fits:
+    for stage in checked:
         try:
-            check_words("fit", stage.fit_words())
+            if stage.label is not None:
+                check_label(stage.label_words())
+            else:
+                check_words("fit", stage.fit_words())
         except UserError as error:
             raise UserError(f"stage '{stage.name}': {error}") from error
 
@@ -107,6 +111,10 @@ def decide(pipeline: Pipeline, stage: Stage, *, forced: bool) -> str:
     if stage.lab is not None:
         done = before.get("finished") and (stage.folder / f"{stage.lab}.json").exists()
         return "skip" if unchanged and done and not forced else "run"
+    if stage.out is not None:
+        if stage.out.exists():
+            return "skip" if unchanged and before.get("finished") and not forced else "overwrite"
+        return "resume" if unchanged else "run"
     if not stage.folder.exists() or not any(stage.folder.iterdir()):
         return "run"
     finished = is_run(stage.folder) and read_status(stage.folder).get("status") == "finished"
@@ -128,6 +136,11 @@ def fingerprint(pipeline: Pipeline, stage: Stage) -> str:
             _run_stamp(Path(parent["run"])) for parent in find_parents({"config": config, "options": stage.options})
         ],
     }
+    if stage.label is not None:
+        inputs["label"] = stage.label
+    made = [parent.out for parent in pipeline.stages if parent.name in stage.parents and parent.out is not None]
+    if made:
+        inputs["made"] = [_stamp(out) if out.is_file() else None for out in made]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 

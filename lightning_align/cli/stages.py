@@ -12,9 +12,12 @@ from typing import Any
 import yaml
 
 from lightning_align.errors import UserError, nearest
+from lightning_align.run.directory import is_run
 from lightning_align.run.files import write_atomically
 
 STATE_FILE = "pipeline.json"
+RECORDS_FILE = "records.jsonl"  # in the folder of a label stage
+KINDS = ("config", "lab", "label")  # keys that say what a stage is
 REFERENCE = re.compile(r"\$\{([\w-]+)\.(\w+)\}")
 PIPELINE_KEYS = ("name", "root", "defaults", "stages")
 MEMBER_KEYS = ("members", "folds")  # of a stage, which make several of it
@@ -23,7 +26,7 @@ MEMBER_STRIDE = 1000  # between the seeds of members, so that those of pipelines
 
 @dataclass
 class Stage:
-    """One stage: a ``fit`` (``config``) or a ``lab`` command.
+    """One stage: a ``fit`` (``config``), or a ``lab`` or ``label`` command.
 
     ``options`` are dotted option names with plain values, references resolved; ``parents`` the stages they refer to.
     """
@@ -32,6 +35,7 @@ class Stage:
     folder: Path
     config: Path | None = None
     lab: str | None = None
+    label: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     parents: list[str] = field(default_factory=list)
 
@@ -42,12 +46,28 @@ class Stage:
             run = str(self.options["run"])
             rest = {name: value for name, value in self.options.items() if name != "run"}
             return [*start, "lab", self.lab, run, *_lab_words(rest)]
+        if self.label is not None:  # goes on by itself where it was
+            return [*start, "label", *self.label_words(), *(["--overwrite"] if flag == "--overwrite" else [])]
         return [*start, "fit", *self.fit_words(), *([flag] if flag else [])]
 
     def fit_words(self) -> list[str]:
         """The options of ``fit``, for a stage that is one."""
         place = ["--run.root", str(self.folder.parent), "--run.name", self.folder.name]
         return ["--config", str(self.config), *place, *_words(self.options)]
+
+    def label_words(self) -> list[str]:
+        """The name and the options of a ``label`` command, for a stage that is one."""
+        return [str(self.label), *_label_words(self.options)]
+
+    @property
+    def out(self) -> Path | None:
+        """The records that a label stage makes; None of other stages."""
+        return None if self.label is None else Path(str(self.options["out"]))
+
+    @property
+    def there(self) -> bool:
+        """Whether what later stages read of this one is there."""
+        return is_run(self.folder) if self.out is None else self.out.is_file()
 
 
 @dataclass
@@ -96,10 +116,10 @@ def read_pipeline(options: argparse.Namespace) -> Pipeline:
         own_changes = changes.get(str(name), {})
         if isinstance(spec, dict):
             spec = {**spec, **{key: own_changes.pop(key) for key in MEMBER_KEYS if key in own_changes}}
-        read = Reader(path, folder, defaults, {stage.name: stage.folder for stage in stages}, groups)
+        read = Reader(path, folder, defaults, {stage.name: stage for stage in stages}, groups)
         members = _members(f"{path}: stage '{name}'", str(name), spec, defaults)
         for member, own in members.items():
-            if member in read.places:
+            if member in read.stages:
                 raise UserError(f"{path}: stage '{name}' has a member '{member}', which is a stage already: rename one")
             stages.append(read.stage(member, own, own_changes))
         if list(members) != [str(name)]:
@@ -141,22 +161,28 @@ class Reader:
     path: Path
     folder: Path
     defaults: Mapping[str, Any]
-    places: Mapping[str, Path]
+    stages: Mapping[str, Stage]
     groups: Mapping[str, list[str]]
 
     def stage(self, name: str, spec: Any, changes: Mapping[str, Any]) -> Stage:
         """One stage; ``changes`` are options of the command line."""
         where = f"{self.path}: stage '{name}'"
-        if not isinstance(spec, dict) or ("config" in spec) == ("lab" in spec):
-            raise UserError(f"{where} needs either 'config' (a file for fit) or 'lab' (a lab command)")
+        if not isinstance(spec, dict) or sum(kind in spec for kind in KINDS) != 1:
+            raise UserError(
+                f"{where} needs either 'config' (a file for fit), 'lab' (a lab command) or 'label' (a label command)"
+            )
         stage = Stage(name, self.folder / name)
-        own = dict(flatten({key: value for key, value in spec.items() if key not in ("config", "lab")}))
+        own = dict(flatten({key: value for key, value in spec.items() if key not in KINDS}))
         if "config" in spec:
             beside = self.path.parent / str(spec["config"])
             stage.config = beside if beside.is_file() else Path(str(spec["config"]))
             if not stage.config.is_file():
                 raise UserError(f"{where}: config file {beside} does not exist")
             own = {**self.defaults, **own}
+        elif "label" in spec:
+            stage.label = str(spec["label"])
+            seed = {"seed": self.defaults["seed_everything"]} if "seed_everything" in self.defaults else {}
+            own = {"out": str(stage.folder / RECORDS_FILE), **seed, **own}
         else:
             stage.lab = str(spec["lab"])
         for option, value in {**own, **changes}.items():
@@ -170,8 +196,8 @@ class Reader:
     def _resolve(self, value: Any, where: str, parents: list[str]) -> Any:
         """Replace references by folders.
 
-        ``${stage.model}`` and ``${stage.run}`` are the stage's, ``${pipeline.run}`` the common one, and
-        ``${stage.models}`` (alone) the list of those of a stage's members.
+        ``${stage.model}`` and ``${stage.run}`` are the stage's, ``${stage.out}`` the records of a label stage,
+        ``${pipeline.run}`` the common folder, and ``${stage.models}`` (alone) the list of those of a stage's members.
         """
         if isinstance(value, dict):
             return {key: self._resolve(item, where, parents) for key, item in value.items()}
@@ -181,33 +207,39 @@ class Reader:
             return value
         whole = REFERENCE.fullmatch(value)
         if whole and whole[2] == "models":
-            return [self._place(where, member, parents) for member in self._group(where, whole[1])]
+            return [str(self._stage(where, member, parents).folder) for member in self._group(where, whole[1])]
         return REFERENCE.sub(lambda match: self._single(where, match, parents), value)
 
     def _single(self, where: str, match: re.Match[str], parents: list[str]) -> str:
         stage, what = match.groups()
-        if what not in ("model", "run"):
-            raise UserError(f"{where}: ${{{stage}.{what}}} is not known; use ${{{stage}.model}} or ${{{stage}.run}}")
+        made = stage in self.stages and self.stages[stage].label is not None
+        known = ("out",) if made else ("model", "run")
+        if what not in known:
+            forms = " or ".join(f"${{{stage}.{name}}}" for name in known)
+            raise UserError(f"{where}: ${{{stage}.{what}}} is not known; use {forms}")
         if stage in self.groups:
             first = self.groups[stage][0]
             raise UserError(
                 f"{where}: '{stage}' has {len(self.groups[stage])} members; use ${{{stage}.models}}, or one of them: "
                 f"${{{first}.{what}}}"
             )
-        return str(self.folder) if stage == "pipeline" else self._place(where, stage, parents)
+        if stage == "pipeline":
+            return str(self.folder)
+        parent = self._stage(where, stage, parents)
+        return str(parent.out or parent.folder)
 
     def _group(self, where: str, stage: str) -> list[str]:
         if stage not in self.groups:
             raise UserError(f"{where}: ${{{stage}.models}} needs an earlier stage '{stage}' with 'members'")
         return self.groups[stage]
 
-    def _place(self, where: str, stage: str, parents: list[str]) -> str:
-        if stage not in self.places:
-            known = [*self.places, *self.groups]
+    def _stage(self, where: str, stage: str, parents: list[str]) -> Stage:
+        if stage not in self.stages:
+            known = [*self.stages, *self.groups]
             raise UserError(f"{where} refers to '{stage}', which is not an earlier stage{nearest(stage, known)}")
         if stage not in parents:
             parents.append(stage)
-        return str(self.places[stage])
+        return self.stages[stage]
 
 
 def _changes(words: list[str], stages: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -251,7 +283,19 @@ def _lab_words(options: Mapping[str, Any]) -> list[str]:
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
-        elif value is not False:
+        elif value is not False and value is not None:
             for item in value if isinstance(value, list) else [value]:
                 words += _words({name: item})
+    return words
+
+
+def _label_words(options: Mapping[str, Any]) -> list[str]:
+    """The same for label commands, whose lists follow their option as words."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list | dict):
+            pairs = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
+            words += [f"--{name}", *map(str, pairs)]
+        else:
+            words += _lab_words({name: value})
     return words

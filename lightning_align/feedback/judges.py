@@ -101,7 +101,7 @@ class Judge:
         self.wording = wording
         self._chat = model.chat and not wording.plain
         self.principles = principles
-        self.bounds = _checked(bounds)
+        self.bounds = check_bounds(bounds)
         self.rationale_tokens = rationale_tokens
         self.seed = seed
 
@@ -187,7 +187,7 @@ class FunctionJudge:
     ) -> None:
         self.function = function
         self.name = name
-        self.bounds = _checked(bounds)
+        self.bounds = check_bounds(bounds)
 
     def key(self) -> str:
         """See :meth:`PairJudge.key`."""
@@ -325,7 +325,8 @@ def preferences(
     return label, metrics
 
 
-def _checked(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+def check_bounds(bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The same bounds; raises :class:`UserError` if they are no two ascending probabilities."""
     if bounds is not None and not 0 <= bounds[0] <= bounds[1] <= 1:
         raise UserError(f"labels are clamped to {bounds[0]:g} and {bounds[1]:g}: give two ascending probabilities")
     return bounds

@@ -38,10 +38,19 @@ class Recorder:
         self.commands: list[list[str]] = []
         self.outcome: dict[str, int] = {}
         self.runs = 0
+        self.records = "{}"
 
     def __call__(self, command: list[str]) -> int:
         words = command[3:]
         self.commands.append(words)
+        if words[0] == "label":
+            (out,) = (Path(word.removeprefix("--out=")) for word in words if word.startswith("--out="))
+            code = self.outcome.get("label", 0)
+            if code == 0:
+                assert out.exists() <= ("--overwrite" in words)
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(self.records)
+            return code
         if words[0] != "fit":
             (Path("runs/demo") / f"{words[1]}.json").write_text("{}")
             return self.outcome.get(words[0], 0)
@@ -54,7 +63,8 @@ class Recorder:
         return code
 
     def stages(self) -> list[str]:
-        names = [words[words.index("--run.name") + 1] if words[0] == "fit" else "picture" for words in self.commands]
+        others = {"lab": "picture", "label": "label"}
+        names = [others.get(words[0]) or words[words.index("--run.name") + 1] for words in self.commands]
         self.commands.clear()
         return names
 
@@ -299,14 +309,140 @@ def test_the_number_of_members_can_be_set(recorder: Recorder) -> None:
         assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ensemble", "llama2"])
+# ------------------------------------------------------------------ stages that make records
+LABELS = """
+name: demo
+defaults: {seed_everything: 3}
+stages:
+  pretrain: {config: stage.yaml}
+  label:
+    label: ai
+    judge: ${pretrain.model}
+    data: data.txt
+    wording: wording.yaml
+    cot: true
+    clamp: [0.4, 0.6]
+    columns: {prompt: question}
+  reward: {config: stage.yaml, data.path: "${label.out}"}
+"""
+
+
+@pytest.fixture
+def labels(recorder: Recorder) -> Recorder:
+    Path("p.yaml").write_text(LABELS)
+    Path("wording.yaml").write_text("preamble: Choose.")
+    return recorder
+
+
+def test_a_label_stage_makes_what_later_ones_read(labels: Recorder) -> None:
+    assert pipeline.main(ARGS) == 0
+    _, label, reward = labels.commands
+    assert label == [
+        *("label", "ai", "--out=runs/demo/label/records.jsonl", "--seed=3", "--judge=runs/demo/pretrain"),
+        *(
+            "--data=data.txt",
+            "--wording=wording.yaml",
+            "--cot",
+            "--clamp",
+            "0.4",
+            "0.6",
+            "--columns",
+            "prompt=question",
+        ),
+    ]
+    assert "--data.path=runs/demo/label/records.jsonl" in reward
+
+
+def test_label_stages_are_skipped_until_an_input_changes(labels: Recorder) -> None:
+    pipeline.main(ARGS)
+    assert labels.stages() == ["pretrain", "label", "reward"]
+    pipeline.main(ARGS)
+    assert labels.stages() == []
+    Path("wording.yaml").write_text("preamble: Choose well.")
+    pipeline.main(ARGS)  # the records come out as they were, so the reward model stands
+    assert labels.stages() == ["label"]
+    labels.records = '{"other": 1}'
+    pipeline.main([*ARGS, "--set", "label.limit=5"])
+    assert labels.stages() == ["label", "reward"]
+    Path("runs/demo/label/records.jsonl").unlink()
+    pipeline.main([*ARGS, "--set", "label.limit=5"])
+    assert labels.stages() == ["label"]
+    pipeline.main([*ARGS, "--set", "label.limit=5", "--only", "label"])
+    assert labels.commands[0][-1] == "--overwrite"
+
+
+def test_an_interrupted_label_stage_goes_on_by_the_same_command(labels: Recorder) -> None:
+    labels.outcome["label"] = 130
+    assert pipeline.main(ARGS) == 130
+    before = labels.commands[-1]
+    assert labels.stages() == ["pretrain", "label"]
+    labels.outcome.clear()
+    assert pipeline.main(ARGS) == 0
+    assert labels.commands[0] == before
+    assert labels.stages() == ["label", "reward"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("cot: true", "cott: true", "stage 'label': unknown option --cott; did you mean '--cot'?"),
+        ("label: ai", "label: aii", "stage 'label': unknown label command 'aii'"),
+        ("clamp: [0.4, 0.6]", "clamp: [0.6, 0.4]", "stage 'label': labels are clamped to 0.6 and 0.4"),
+        ("cot: true", "limit: 0", "stage 'label': --limit is 0: give at least 1"),
+        ("wording: wording.yaml", "wording: none.yaml", "stage 'label': wording none.yaml: there is no such file"),
+        ("    data: data.txt\n", "", "stage 'label': the following arguments are required: --data"),
+        ("label: ai", "label: revise", "stage 'label': the following arguments are required: --model, --constitution"),
+        ("judge: ${pretrain.model}", "judge: http://host/v1", "write http://host:port/v1#model-name"),
+        ("${label.out}", "${label.model}", "${label.model} is not known; use ${label.out}"),
+        ("${label.out}", "${pretrain.out}", "${pretrain.out} is not known; use ${pretrain.model} or ${pretrain.run}"),
+        ("label: ai", "label: ai\n    lab: overopt", "needs either 'config'"),
+        ("label: ai", "label: ai\n    members: 2", "has members, which are for stages with a 'config'"),
+    ],
+)
+def test_mistakes_in_label_stages(labels: Recorder, before: str, after: str, message: str) -> None:
+    assert before in LABELS
+    Path("p.yaml").write_text(LABELS.replace(before, after))
+    with pytest.raises(UserError) as caught:
+        pipeline.main(ARGS)
+    assert message in str(caught.value)
+    assert labels.commands == []
+
+
+def test_a_stage_alone_needs_the_records_it_reads(labels: Recorder) -> None:
+    with pytest.raises(UserError, match="stage 'reward' needs stage 'label', which has not run"):
+        pipeline.main([*ARGS, "--only", "reward"])
+    with pytest.raises(UserError, match="stage 'label' needs stage 'pretrain', which has not run"):
+        pipeline.main([*ARGS, "--only", "label"])
+
+
+JUDGE = """
+def longer(prompts, first, second):
+    return [0.8 if len(a) > len(b) else 0.3 for a, b in zip(first, second)]
+"""
+
+
+def test_a_label_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(JUDGE)
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": " a b", "rejected": " c"}) + "\n")
+    Path("p.yaml").write_text(
+        "name: demo\nstages: {label: {label: ai, judge: 'judge.py:longer', data: pairs.jsonl, orders: given}}"
+    )
+    assert pipeline.main(ARGS) == 0
+    (record,) = Path("runs/demo/label/records.jsonl").read_text().splitlines()
+    assert json.loads(record)["chosen"] == " a b"
+    assert pipeline.main(ARGS) == 0
+    assert "nothing has changed" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["ensemble", "llama2", "rlaif", "constitutional_rl"])
 def test_the_playgrounds_own_pipelines_can_be_planned(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     assert pipeline.main(["--config", f"configs/playground/{name}.yaml", "--run.root", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == {"ensemble": 10, "llama2": 8}[name]
+    assert len(lines) == {"ensemble": 10, "llama2": 8, "rlaif": 8, "constitutional_rl": 7}[name]
     for line in lines:
         if "--model.reward=" in line:
             spec = line.partition("--model.reward=")[2].split(" --")[0]
