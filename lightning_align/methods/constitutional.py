@@ -24,6 +24,7 @@ from lightning_align.models.loading import Parameters, count_parameters
 from lightning_align.rewards.revisions import score_revisions
 from lightning_align.rollout.types import Experience, Rollout
 
+BARREN = 3  # iterations in a row without anything to learn, before the models are taken not to answer
 PATIENCE = 16  # revisions in a row that change nothing, before the critic is taken not to revise at all
 
 
@@ -95,6 +96,7 @@ class ConstitutionalModule(ImitationModule):
         self.revision_params = self.sampling if hot is None else replace(self.sampling, temperature=hot)
         self.critique_params = replace(self.revision_params, max_new_tokens=max_critique_tokens, stop_strings=())
         self.unchanged = 0  # revisions in a row that changed nothing
+        self.barren = 0  # iterations in a row without anything to learn
 
     # ------------------------------------------------------------------ models
     def setup_sampling(self) -> None:
@@ -198,10 +200,11 @@ class ConstitutionalModule(ImitationModule):
         return metrics | self.ratios(column_sums(columns))
 
     def check_learnable(self, metrics: Mapping[str, float]) -> None:
-        """Raise where nothing is left to learn, or none of the latest revisions changed anything."""
-        if not metrics["cai/learnt"]:
+        """Raise where nothing was left to learn for long, or none of the latest revisions changed anything."""
+        self.barren = 0 if metrics["cai/learnt"] else self.barren + 1
+        if self.barren >= BARREN:
             raise UserError(
-                f"nothing is left to learn of the chains of iteration {self.iteration + 1}: answers and revisions are "
+                f"nothing is left to learn of the chains of {BARREN} iterations in a row: answers and revisions are "
                 "empty, cut off at model.max_new_tokens, or repeat the questions (label revise writes them to look at)"
             )
         changed = metrics.get("cai/revision_changed", 0.0)
@@ -214,14 +217,14 @@ class ConstitutionalModule(ImitationModule):
 
     # ------------------------------------------------------------------ state
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """How long revisions have changed nothing."""
+        """How long revisions have changed nothing, and nothing was learnt."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["method"]["unchanged"] = self.unchanged
+        checkpoint["method"] |= {"unchanged": self.unchanged, "barren": self.barren}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting."""
         super().on_load_checkpoint(checkpoint)
-        self.unchanged = checkpoint["method"]["unchanged"]
+        self.unchanged, self.barren = checkpoint["method"]["unchanged"], checkpoint["method"]["barren"]
 
 
 def as_rollout(batch: Mapping[str, Any], rows: Sequence[tuple[int, list[int], str]], *, pad_id: int) -> Rollout:

@@ -61,7 +61,7 @@ SHORT: dict[str, list[str]] = {
     ],
     "constitutional": [
         *("--model.iterations=2", "--model.eval_every=2", "--model.max_new_tokens=12", "--model.revisions=1"),
-        *("--data.playground.size=40", "--data.batch_size=8", "--data.val_path=prompt.jsonl"),
+        *("--data.playground.size=40", "--data.batch_size=16", "--data.val_path=prompt.jsonl"),
     ],
     **{
         name: [

@@ -166,14 +166,18 @@ def write_parrot(source: Path, folder: Path, *, ends: bool) -> None:
     ("ends", "said"),
     [
         (True, "none of 16 revisions differs from the text that it revises: the model does not revise; give another"),
-        (False, "nothing is left to learn of the chains of iteration 1: answers and revisions are empty, cut off at"),
+        (
+            False,
+            "nothing is left to learn of the chains of 3 iterations in a row: answers and revisions are",
+        ),
     ],
 )
 def test_cai_4_a_model_that_always_says_the_same_stops_the_run(
     world: Any, options: dict[str, Any], capsys: pytest.CaptureFixture[str], ends: bool, said: str
 ) -> None:
     write_parrot(world.root / "sft" / "model", world.root / f"parrot{ends}", ends=ends)
-    run = world.fit({**options, "model.reviser": f"@parrot{ends}", "model.helpful": "revise"}, code=2)
+    prompts = world.write(f"parrot{ends}.jsonl", records("prompt", size=16, unsafe=float(ends)))
+    run = world.fit({**options, "model.reviser": f"@parrot{ends}", "data.path": prompts}, code=2)
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (run.path / "model").exists()
 
