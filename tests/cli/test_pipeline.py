@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lightning_align.cli import pipeline
+from lightning_align.cli.main import run
 from lightning_align.errors import UserError
 from lightning_align.rewards.build import parse_reward
 
@@ -421,7 +422,10 @@ def longer(prompts, first, second):
 """
 
 
-def test_a_label_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_label_stage_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "run_child", lambda command: run(command[3:]))
     monkeypatch.chdir(tmp_path)
     Path("judge.py").write_text(JUDGE)
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "p", "chosen": " a b", "rejected": " c"}) + "\n")
@@ -432,7 +436,7 @@ def test_a_label_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     (record,) = Path("runs/demo/label/records.jsonl").read_text().splitlines()
     assert json.loads(record)["chosen"] == " a b"
     assert pipeline.main(ARGS) == 0
-    assert "nothing has changed" in capfd.readouterr().err.splitlines()[-1]
+    assert "nothing has changed" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["ensemble", "llama2", "rlaif", "constitutional_rl"])
