@@ -62,7 +62,7 @@ def shortened(desk: Any, words: list[str], number: int) -> list[str]:
     words = ["path/to/hf_model" if word == HUB_ID else word for word in words]
     if words[0] == "pipeline":
         return [*words, "--dry-run"]
-    if words[0] == "evaluate":
+    if words[0] in ("evaluate", "label"):
         return [*words, "--limit=8"]
     if words[0] != "fit":
         return words
