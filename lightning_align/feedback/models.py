@@ -192,17 +192,24 @@ def _rows(beginnings: Iterable[Tokens]) -> dict[Tokens, list[Tokens]]:
     rows: dict[Tokens, list[Tokens]] = {}
     row: Tokens = ()
     for beginning in sorted(beginnings, reverse=True):  # right after those that go on from it
-        if row[: len(beginning)] != beginning:
+        if not _begins(row, beginning):
             row = beginning
         rows.setdefault(row, []).insert(0, beginning)
     return rows
 
 
-def _exact(logp: Tensor, replies: Sequence[tuple[int, ...]]) -> Tensor:
+def _begins(reply: Tokens, other: Tokens) -> bool:
+    """Whether a reply begins with another one, or is it."""
+    return reply[: len(other)] == other
+
+
+def _exact(logp: Tensor, replies: Sequence[Tokens]) -> Tensor:
     """Log-probs ``[K]`` of the replies that begin with these tokens, without those that go on to be a longer option."""
     exact = logp.clone()
     for i, short in enumerate(replies):
-        longer = [k for k, other in enumerate(replies) if len(other) > len(short) and other[: len(short)] == short]
+        longer = {other: k for k, other in enumerate(replies) if len(other) > len(short) and _begins(other, short)}
+        # 100 is already in what begins with 10
+        longer = [k for other, k in longer.items() if not any(o != other and _begins(other, o) for o in longer)]
         if longer:
             rest = torch.logsumexp(logp[longer], 0) - logp[i]
             exact[i] = logp[i] + torch.log1p(-rest.exp().clamp(max=1))

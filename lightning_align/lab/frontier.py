@@ -22,6 +22,7 @@ from lightning_align.lab.runs import Point, Table, load_curve
 from lightning_align.run.directory import METRICS_FILE
 
 Z = 1.96  # of a 95 % interval
+TOLERANCE = 1e-3  # in √KL: rounding leaves the start a little above 0
 EPISODES = "episode"  # column of an iteration: answers that the policy has given so far
 # hues that stay apart in the common forms of colour blindness (Okabe and Ito), with a dash and a mark each
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -55,12 +56,12 @@ class Track:
         return self.points[0]
 
     def at(self, place: Callable[["Track"], Sequence[float]], where: float) -> float:
-        """Gold where ``place`` of the points is ``where``, between neighbours; NaN beyond what was reached."""
+        """Gold where ``place`` of the points is ``where``, between neighbours; NaN outside of what the run went through."""
         places = np.array(place(self))
         order = np.argsort(places, kind="stable")
         known = np.isfinite(places[order])
         x, y = places[order][known], np.array([self.points[i].gold for i in order])[known]
-        if not len(x) or where > x[-1] + 1e-9:
+        if not len(x) or not x[0] - TOLERANCE <= where <= x[-1] + TOLERANCE:
             return math.nan
         return float(np.interp(where, x, y))
 
@@ -228,7 +229,7 @@ def draw_frontier(tracks: Sequence[Track], summary: Mapping[str, Any]) -> Figure
             axes[1].set_xlabel("answers that the policy has given in training")
             axes[1].set_xscale("symlog", linthresh=_smallest(tracks))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
-        title = "\n".join(textwrap.wrap(headline(summary), TITLE_COLUMNS))
+        title = "\n".join(textwrap.wrap(headline(summary), TITLE_COLUMNS - 14))  # the legend stands beside it
         figure.suptitle(title, x=0.012, ha="left", weight="bold", size=WIDE.font * 1.28)
         note = "Lines: mean over runs, as far as all of a method's go; faint: each run. Upright: compared there."
         figure.supxlabel(
@@ -257,8 +258,11 @@ def _panel(ax: Axes, tracks: Sequence[Track], place: Callable[[Track], Sequence[
                 x, y = np.array(place(track))[order], np.array([track.points[i].gold for i in order])
                 ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.8, zorder=1)
         reach = min(max(place(track)) for track in own)
-        first = np.array(sorted(value for value in place(own[0]) if value <= reach + 1e-9))
-        mean = np.mean([[track.at(place, min(value, reach)) for value in first] for track in own], axis=0)
+        from_all = max(min(place(track)) for track in own)
+        first = np.array(sorted(value for value in place(own[0]) if from_all - TOLERANCE <= value <= reach + 1e-9))
+        mean = np.mean(
+            [[track.at(place, min(max(value, from_all), reach)) for value in first] for track in own], axis=0
+        )
         ax.plot(
             first, mean, color=colour, linestyle=dash, linewidth=1.7, marker=mark, markersize=4.0,
             markeredgecolor=COLOURS["paper"], markeredgewidth=0.4, label=method, zorder=3,

@@ -196,7 +196,10 @@ class HIRModule(OnlineModule):
         )
 
     def negatives(self, lessons: Sequence[Lesson]) -> list[list[list[int]]]:
-        """Token ids of the other prompts that each lesson's output is compared under; they fit the model."""
+        """Token ids of the other prompts that each lesson's output is compared under.
+
+        They fit the model, and differ to it from the own one and from each other, as their texts may not.
+        """
         if not self.num_negatives:
             return [[] for _ in lessons]
         limit = AlignModule.max_tokens(self)
@@ -204,11 +207,13 @@ class HIRModule(OnlineModule):
         prompts = [others.of(lesson) for lesson in lessons]
         different = {key(prompt): prompt for row in prompts for prompt in row}
         ids = dict(zip(different, encode_prompts(self.tokenizer, list(different.values())), strict=True))
-        rooms = [None if limit is None else limit - len(lesson.completion_ids) for lesson in lessons]
-        return [
-            [ids[key(prompt)] for prompt in row if room is None or len(ids[key(prompt)]) <= room]
-            for row, room in zip(prompts, rooms, strict=True)
-        ]
+        chosen = []
+        for lesson, row in zip(lessons, prompts, strict=True):
+            room = None if limit is None else limit - len(lesson.completion_ids)
+            distinct = {tuple(found): found for found in (ids[key(prompt)] for prompt in row)}
+            distinct.pop(tuple(lesson.prompt_ids), None)
+            chosen.append([found for found in distinct.values() if room is None or len(found) <= room])
+        return chosen
 
     def check_some(self, metrics: Mapping[str, float]) -> None:
         """Raise where it is not known what ``learn_from`` asks, or where nothing was learnt for some iterations."""

@@ -218,7 +218,8 @@ class OnlineModule(SamplingModule):
 
     def step_gradients(self, minibatch: Experience) -> Metrics:
         """Gradients of one optimiser step, a micro-batch at a time; returns its metrics."""
-        normaliser = self.all_reduce(self.divisor(minibatch).float()).clamp(min=1)
+        normaliser = self.all_reduce(self.divisor(minibatch).float())
+        normaliser = normaliser.where(normaliser > 0, 1.0)  # weights may sum to less than 1
         objectives = self.further_objectives()
         for rows in by_length(minibatch.rollout, self.rows_per_pass()):
             objectives.append(partial(self._micro_loss, minibatch, rows, normaliser))

@@ -15,6 +15,7 @@ from lightning_align.losses.rest import ImproveLoss, improve_loss, reward_weight
 from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.growing import GrowingModule
 from lightning_align.methods.imitation import said_of_scores
+from lightning_align.methods.measures import column_sums
 from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
 from lightning_align.rollout.types import Experience
 
@@ -44,7 +45,7 @@ class ReSTModule(GrowingModule):
         beta: Strength of the pull to the reference in a loss of pairs; null is the loss's own.
         improve_batch_size: Completions in an optimiser step, over all processes.
         init: Whether a Grow step's first Improve begins with the ``previous`` weights or with those of the ``base``,
-            the model at the start (ReST-EM).
+            the model at the start (ReST-EM). Samples are always drawn from the previous ones.
         stop_when_worse: End a Grow step's Improve steps when the held-out reward does not rise, and go on with the best
             weights of them.
         kwargs: The settings of :class:`~lightning_align.methods.growing.GrowingModule`.
@@ -105,6 +106,12 @@ class ReSTModule(GrowingModule):
                 samples_per_prompt >= 2 or loss in get_args(ImproveLoss),
                 "at least 2",
             ),
+            (
+                "micro_batch_size",
+                self.micro_batch_size,
+                self.micro_batch_size >= 2 or loss in get_args(ImproveLoss),
+                "at least 2, a pair",
+            ),
             ("gold_power", gold_power, 0 < gold_power < math.inf, "a number above 0"),
             ("improve_batch_size", improve_batch_size, improve_batch_size >= 1, "at least 1"),
             ("stop_when_worse", stop_when_worse, not stop_when_worse or eval_every <= 1, "false, or eval_every 1"),
@@ -135,12 +142,14 @@ class ReSTModule(GrowingModule):
     @torch.no_grad()
     def collect(self, batch: Mapping[str, Any]) -> tuple[Experience, dict[str, float]]:
         """What this Improve step learns; the samples were drawn by the Grow step before it."""
-        if self.improve == 0:
-            self.begin_grow()
+        if self.improve == 0 and self.best_weights:
+            self.load_weights(self.best_weights)
         metrics: dict[str, float] = {}
         if self.grown is None:
             of_samples = self.have_samples(draw=self.improve == 0)
             metrics = of_samples if self.improve == 0 else {}  # they are about the policy that Grow began with
+        if self.improve == 0 and self.grow and self.init == "base":
+            self.begin_anew()
         assert self.grown is not None
         scores = self.grown.scores
         rows, thresholds = self.kept(self.improve)
@@ -162,7 +171,7 @@ class ReSTModule(GrowingModule):
         covered = len(self.grown.rollout.prompt_index[rows].unique())
         metrics |= self.ratios(
             {
-                "rest/threshold": (thresholds.sum(), thresholds.new_tensor(len(thresholds))),
+                **column_sums({"rest/threshold": thresholds}),
                 "rest/kept_fraction": (kept.new_tensor(len(kept)), kept.new_tensor(len(scores))),
                 "rest/mean_reward_kept": (kept.sum(), kept.new_tensor(len(kept))),
                 "rest/prompts_covered": (
@@ -239,6 +248,8 @@ class ReSTModule(GrowingModule):
         else:
             self.grow, self.improve, self.grown = self.grow + 1, 0, None
         if self.grow == self.grow_steps:
+            if self.eval_every and self.label is None:  # a Grow step that ended early made this the last iteration
+                self.evaluate_policy()
             self.trainer.should_stop = True
 
     def finished(self) -> bool:
@@ -271,14 +282,11 @@ class ReSTModule(GrowingModule):
             )
         return count >= self.min_kept
 
-    def begin_grow(self) -> None:
-        """The weights that a Grow step begins with; with those of the base, its optimiser begins anew."""
-        if self.init == "base" and self.grow:
-            self.load_weights(self.base_weights)
-            self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
-            self.best_reward, self.best_weights = None, {}
-        elif self.best_weights:
-            self.load_weights(self.best_weights)
+    def begin_anew(self) -> None:
+        """Learn what was drawn from the base on: its weights, and an optimiser that knows nothing."""
+        self.load_weights(self.base_weights)
+        self.optimizers().optimizer.state.clear()  # type: ignore[union-attr]
+        self.best_reward, self.best_weights = None, {}
 
     def on_train_end(self) -> None:
         """What is exported are the best weights; ``last.ckpt``, to go on from, has the last."""

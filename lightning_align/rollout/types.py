@@ -195,16 +195,14 @@ class Experience:
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["Experience"]:
         """``count`` minibatches of a fresh shuffle of the prompts, as equal in prompts as possible.
 
-        The completions of a prompt stay together: their prompt is encoded once.
+        The completions of a prompt stay together: their prompt is encoded once. Where there are fewer prompts than
+        ``count``, the last minibatches have nothing to learn: another rank may have more.
         """
         prompts = self.rollout.rows_of_prompts()
-        if not 1 <= count <= len(prompts):
-            raise UserError(
-                f"{count} minibatches of {len(prompts)} prompts: num_mini_batches must be 1 to {len(prompts)}"
-            )
         order = torch.randperm(len(prompts), generator=generator)
         for part in order.tensor_split(count):
-            yield self.select([row for prompt in part.tolist() for row in prompts[prompt]])
+            rows = [row for prompt in part.tolist() for row in prompts[prompt]]
+            yield self.select(rows) if rows else self.without_learning()
 
 
 def with_completion(rollout: Rollout, ids: Sequence[int]) -> Rollout:

@@ -43,14 +43,19 @@ def reference(asked: LocalModel, prompt: Prompt, options: Sequence[str]) -> Tens
     network.float()
     total = []
     for ids, logp in rows:
-        longer = sum(
-            torch.tensor(other).exp() for tokens, other in rows if len(tokens) > len(ids) and tokens[: len(ids)] == ids
+        inside = [(tokens, other) for tokens, other in rows if len(tokens) > len(ids) and tokens[: len(ids)] == ids]
+        longer = sum(  # what begins with 100 is in what begins with 10
+            torch.tensor(other).exp()
+            for tokens, other in inside
+            if not any(len(tokens) > len(one) and tokens[: len(one)] == one for one, _ in inside)
         )
         total.append(torch.log(torch.tensor(logp, dtype=torch.float64).exp() - longer))
     return torch.stack(total).float()
 
 
-@pytest.mark.parametrize("options", [NUMBERS, WORDS, ["1", "2"]], ids=["numbers", "words", "digits"])
+@pytest.mark.parametrize(
+    "options", [NUMBERS, WORDS, ["1", "2"], ["1", "10", "100"]], ids=["numbers", "words", "digits", "hundred"]
+)
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 def test_options_have_the_log_probs_of_a_loop_over_tokens(local_model: Make, chat: bool, options: list[str]) -> None:
     asked = local_model(chat=chat)
@@ -75,6 +80,9 @@ def test_one_counts_only_where_the_reply_does_not_go_on_to_be_ten(local_model: M
     assert both[0, 0] < alone[0, 0]
     torch.testing.assert_close(both.exp().sum(), alone.exp().sum())  # what begins with 1 is one of the two
     assert asked.option_logps(["Rating="], NUMBERS).exp().sum() < 1
+    three = asked.option_logps(["Rating="], ["1", "10", "100"])
+    torch.testing.assert_close(three.exp().sum(), alone.exp().sum())
+    torch.testing.assert_close(three[0, 0], both[0, 0])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -57,6 +57,13 @@ def test_gold_is_read_between_neighbours_on_the_root_of_kl_and_not_beyond(runs: 
     assert track.at(samples, 24) == pytest.approx(0.85)
 
 
+def test_a_run_that_starts_away_from_the_origin_says_nothing_of_what_lies_before(tmp_path: Path) -> None:
+    (track,) = load_tracks([made(tmp_path / "run", [1.0, 1.5, 2.0, 3.0], kl=(1.0, 1.2, 4.0, 9.0))])
+    assert math.isnan(track.at(roots, 0.5))
+    assert track.at(roots, 1.0) == pytest.approx(1.0)
+    assert summarise([track], 0.25, None)["methods"]["run"]["at_kl"]["n"] == 0
+
+
 def test_kl_that_turns_back_is_put_in_order(tmp_path: Path) -> None:
     (track,) = load_tracks([made(tmp_path / "run", [0.0, 1.0, 3.0, 2.0], kl=(0.0, 1.0, 9.0, 4.0))])
     assert track.at(roots, 2.0) == pytest.approx(2.0)

@@ -116,6 +116,14 @@ def test_nothing_is_learnt_where_all_score_alike(world: Any, options: dict[str, 
     assert all(value == value for row in run.rows for value in row.values())
 
 
+def test_fewer_pairs_than_minibatches_are_learnt_all_the_same(world: Any, options: dict[str, Any]) -> None:
+    changes = {"model.reward": "@scores.py:holes", "model.num_mini_batches": 4}  # one pair in an iteration
+    run = world.fit({**options, **changes})
+    assert [row["pairs/dropped"] for row in run.rows] == [0.75] * 3
+    start = type(run)(world.root / "sft").weights
+    assert not all(torch.equal(values, start[name]) for name, values in run.weights.items())
+
+
 def test_what_the_reward_likes_becomes_likelier(world: Any, bandit: dict[str, Any]) -> None:
     options = {**bandit, "model": "OnlineDPOModule", "model.samples_per_prompt": 8, "data.batch_size": 4}
     module = world.fit({**options, "model.iterations": 100, "model.learning_rate": 1e-2, "model.beta": 0.1}).module

@@ -31,6 +31,9 @@ def never_alike(completions, **_):
 def holes(completions, **_):
     return [None if index % 2 else float(len(text)) for index, text in enumerate(completions)]
 
+def none_of_the_first(completions, **_):
+    return [None if index < 4 else float(len(text)) for index, text in enumerate(completions)]
+
 def nothing_new(completions, **_):
     return [float(index % 4) for index in range(len(completions))]
 """
@@ -149,14 +152,30 @@ def test_rest_7_rest_em_begins_each_grow_step_with_the_base_and_keeps_few_of_a_p
     from lightning_align.methods.rest import ReSTModule
 
     seen: list[dict[str, torch.Tensor]] = []
-    collect = ReSTModule.collect
+    drew: list[dict[str, torch.Tensor]] = []
+    went: list[dict[str, torch.Tensor]] = []
+    collect, draw, learn = ReSTModule.collect, ReSTModule.draw_samples, ReSTModule.learn
+
+    def now(self: Any) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.trainable().items()}
 
     def watched(self: Any, batch: Any) -> Any:
         result = collect(self, batch)
-        seen.append({name: value.detach().clone() for name, value in self.trainable().items()})
+        seen.append(now(self))
+        return result
+
+    def drawn(self: Any, journal: Any) -> None:
+        drew.append(now(self))
+        draw(self, journal)
+
+    def learned(self: Any, experience: Any) -> Any:
+        result = learn(self, experience)
+        went.append(now(self))
         return result
 
     monkeypatch.setattr(ReSTModule, "collect", watched)
+    monkeypatch.setattr(ReSTModule, "draw_samples", drawn)
+    monkeypatch.setattr(ReSTModule, "learn", learned)
     assert issubclass(ReSTModule, ImitationModule)
     em = {"model.thresholds": [1.0], "model.init": "base", "model.max_per_prompt": 2, "model.grow_steps": 3}
     run = world.fit({**options, **em})
@@ -164,6 +183,10 @@ def test_rest_7_rest_em_begins_each_grow_step_with_the_base_and_keeps_few_of_a_p
     for weights in seen:  # one Improve step for each Grow step
         assert all(torch.equal(weights[name], start[name]) for name in weights if name in start)
     assert len(seen) == 3
+    # but what is learnt is drawn from the policy as the step before left it
+    for after, weights in zip(went, drew[1:], strict=False):
+        assert all(torch.equal(weights[name], after[name]) for name in weights)
+        assert not all(torch.equal(weights[name], start[name]) for name in weights if name in start)
     for number, experience in enumerate(experiences):
         groups = experience.rollout.rows_of_prompts()
         assert max(map(len, groups)) == 2
@@ -222,6 +245,20 @@ def test_completions_without_a_score_are_above_no_threshold(world: Any, options:
     known = [sample["score"] for sample in samples if sample["score"] is not None]
     assert row["rest/threshold"] == min(known)
     assert row["rest/kept_fraction"] == pytest.approx(sum(score > min(known) for score in known) / 24)
+
+
+def test_a_prompt_without_any_score_has_no_threshold(world: Any, options: dict[str, Any]) -> None:
+    changes = {"model.reward": "@rest_scores.py:none_of_the_first", "model.scope": "per_prompt"}
+    run = world.fit({**options, **changes})
+    rows = [row for row in run.rows if "rest/kept_fraction" in row]
+    assert len(rows) == 4
+    assert all(row["rest/threshold"] == row["rest/threshold"] for row in rows)
+
+
+def test_where_grow_steps_end_early_the_last_policy_is_evaluated(world: Any, options: dict[str, Any]) -> None:
+    changes = {"model.reward": "@rest_scores.py:nothing_new", "model.min_kept": 10, "model.quantiles": [0.3, 0.6]}
+    run = world.fit({**options, **changes, "model.grow_steps": 1, "model.eval_every": 2})
+    assert [row["step"] for row in run.rows if "eval/lab/proxy" in row] == [0, 1]
 
 
 def test_too_few_for_the_next_step_end_the_grow_step(
@@ -299,6 +336,7 @@ def test_quantile_is_torchs(count: int, level: float) -> None:
         ({"loss": "orpo"}, "the loss orpo is not of pairs alone"),
         ({"loss": "cloning"}, "unknown model.loss 'cloning'"),
         ({"loss": "ipo", "samples_per_prompt": 1}, "model.samples_per_prompt is 1: give at least 2"),
+        ({"loss": "ipo", "micro_batch_size": 1}, "model.micro_batch_size is 1: give at least 2, a pair"),
         ({"loss_temperature": 0.0}, "model.loss_temperature is 0.0"),
     ],
 )

@@ -150,10 +150,12 @@ def test_minibatches_are_a_fresh_shuffle_of_their_generator(experience: Experien
     assert orders(1) != orders(2)
 
 
-@pytest.mark.parametrize("count", [0, PROMPTS + 1])
-def test_impossible_numbers_of_minibatches_are_refused(experience: Experience, count: int) -> None:
-    with pytest.raises(UserError, match=f"{count} minibatches of {PROMPTS} prompts"):
-        list(experience.minibatches(count, torch.Generator()))
+def test_minibatches_beyond_the_prompts_have_nothing_to_learn(experience: Experience) -> None:
+    batches = list(experience.minibatches(PROMPTS + 2, torch.Generator().manual_seed(1)))
+    learnt = [bool(batch.completion_mask.any()) for batch in batches]
+    assert learnt == [True] * PROMPTS + [False] * 2
+    seen = [record["number"] for batch in batches[:PROMPTS] for record in batch.rollout.records]
+    assert sorted(seen) == list(range(ROWS))
 
 
 @pytest.mark.parametrize(
