@@ -41,7 +41,11 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
     if not records:
-        raise UserError(f"judge {options.judge} gave no label for any of {len(pairs.prompts):,} pairs")
+        answered = judge.num_asked + judge.num_cached > judge.num_failed
+        kept = f": its replies choose neither answer; ask otherwise, or remove {journal.path}, which keeps them"
+        raise UserError(
+            f"judge {options.judge} gave no label for any of {len(pairs.prompts):,} pairs{kept if answered else ''}"
+        )
     write_records(records, options.out, overwrite=options.overwrite)
     print(f"wrote {len(records):,} records to {options.out}, what the judge said to {journal.path}")
     return 0

@@ -132,14 +132,17 @@ class FunctionReward:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters):
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in self._parameters)
+        if takes_all:
             available.pop("prompt", None)  # it is passed as `prompts`, as TRL does
-            return available
         for parameter in self._parameters:
-            if parameter.default is parameter.empty and parameter.name not in available:
+            needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+            if needed and parameter.name not in available:
                 columns = ", ".join(sorted(available))
                 raise UserError(
                     f"reward {self.name} asks for {parameter.name!r}, which the records lack; there is: {columns}"
                 )
+        if takes_all:
+            return available
         wanted = {parameter.name for parameter in self._parameters}
         return {name: values for name, values in available.items() if name in wanted}

@@ -88,6 +88,7 @@ class Down:
 
     def __init__(self, until: int) -> None:
         self.until = until
+        self.token: str | None = None  # what it says in the place of an answer
         self.questions: list[str] = []
         outer = self
 
@@ -109,12 +110,13 @@ class Down:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.source = f"http://127.0.0.1:{self.server.server_port}/v1#judge"
 
-    @staticmethod
-    def reply(text: str) -> dict[str, Any]:
+    def reply(self, text: str) -> dict[str, Any]:
         first, second = text.split("Response 1 - ")[1].split("\n\n")[0].split("\nResponse 2 - ")
-        token = "1" if len(first) > len(second) else "2"
+        token = self.token or ("1" if len(first) > len(second) else "2")
         top = [{"token": name, "logprob": math.log(0.75 if name == token else 0.25)} for name in "12"]
         entry = {"token": token, "logprob": math.log(0.75), "top_logprobs": top}
+        if self.token is not None:
+            entry = {"token": token, "logprob": 0.0, "top_logprobs": [{"token": token, "logprob": 0.0}]}
         return {"choices": [{"message": {"content": token}, "finish_reason": "stop", "logprobs": {"content": [entry]}}]}
 
 
@@ -140,6 +142,29 @@ def test_a_server_that_goes_down_stops_the_run_and_its_labels_are_kept(
     records = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert {round(row["soft_label"], 6) for row in records} == {0.75}
     assert all(len(row["chosen"]) > len(row["rejected"]) for row in records)
+
+
+def test_replies_that_choose_nothing_are_kept_and_the_error_says_where(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a server that was mended since would get the same line for ever, and no question."""
+    server = Down(until=10_000)
+    server.token = "banana"
+    asked = ["--judge", server.source, "--limit", "4", "--retries", "0"]
+    try:
+        for _ in range(2):
+            assert run(words(files, "unused", *asked)) == 2
+            line = capsys.readouterr().err.splitlines()[-1]
+            assert line.endswith(
+                f"choose neither answer; ask otherwise, or remove {files}/out.journal, which keeps them"
+            )
+            assert len(server.questions) == 8
+        server.token = None
+        (files / "out.journal").unlink()
+        assert run(words(files, "unused", *asked)) == 0
+    finally:
+        server.server.shutdown()
+    assert len(server.questions) == 16
 
 
 @pytest.mark.parametrize(

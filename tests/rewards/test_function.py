@@ -97,6 +97,11 @@ BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
         "reward mine asks for 'solution', which the records lack; there is: answer, completions, finished, level, "
         "prompt, prompts",
     ),
+    "a column, and takes the rest": (
+        lambda completions, solution, **rest: [],
+        "reward mine asks for 'solution', which the records lack; there is: answer, completions, finished, level, "
+        "prompts",
+    ),
     "leaves": (lambda completions: sys.exit(0), "reward mine tried to end the program: SystemExit: 0"),
 }
 
