@@ -56,7 +56,7 @@ class Track:
         return self.points[0]
 
     def at(self, place: Callable[["Track"], Sequence[float]], where: float) -> float:
-        """Gold where ``place`` of the points is ``where``, between neighbours; NaN outside of what the run went through."""
+        """Gold where ``place`` of the points is ``where``, between neighbours; NaN where the run did not go."""
         places = np.array(place(self))
         order = np.argsort(places, kind="stable")
         known = np.isfinite(places[order])
