@@ -114,7 +114,10 @@ def frontier(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--against", type=Path, action="append", default=[], metavar="RUN", help="another; may be given several times"
     )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: this one)")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the current one)")
+    parser.add_argument(
+        "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of CSVs, such as gold=judge"
+    )
     parser.add_argument("--kl", type=float, help="KL to compare at, in nats (default: the largest that all reach)")
     parser.add_argument("--samples", type=float, help="also compare after so many answers of the policy")
     options = parser.parse_args(argv)
@@ -134,7 +137,8 @@ def frontier(argv: Sequence[str]) -> int:
         to_csv,
     )
 
-    tracks = load_tracks([options.run, *options.against])
+    columns = dict(_pair(word) for word in options.columns)
+    tracks = load_tracks([options.run, *options.against], columns=columns)
     summary = summarise(tracks, common_kl(tracks) if options.kl is None else options.kl, options.samples)
     outputs = {
         options.out / "frontier.png": png(draw_frontier(tracks, summary)),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_align.feedback.label_pairs import Labelled
 
 WARN_MASS = 0.5
+WARN_BIAS = 0.9
 
 
 def main(argv: list[str]) -> int:
@@ -38,6 +39,12 @@ def main(argv: list[str]) -> int:
         print(
             f"warning: the judge chooses one of the two with probability {metrics['ai/mass']:.2f} only: its wording "
             "does not suit it, and its labels say little",
+            file=sys.stderr,
+        )
+    if (metrics.get("ai/position_bias") or 0.0) > WARN_BIAS:
+        print(
+            f"warning: {metrics['ai/position_bias']:.0%} of pairs change their winner with the order in which they are "
+            "shown: the judge knows places, not answers, and its labels are all near one half",
             file=sys.stderr,
         )
     if not records:

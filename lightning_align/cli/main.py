@@ -35,7 +35,7 @@ COMMANDS = {
     "evaluate": Command("evaluate", "main", "score, KL, win rate, calibration, with intervals"),
     "label": Command("label", "main", "make records: an AI judge, a constitution"),
     "data": Command("data", "main", "inspect, convert or export records"),
-    "lab": Command("lab", "main", "over-optimisation figures"),
+    "lab": Command("lab", "main", "over-optimisation of a run; several runs side by side"),
     "export": Command("export", "main", "write a checkpoint in Hugging Face format"),
     "doctor": Command("doctor", "main", "versions, devices, extras and a self-test"),
 }

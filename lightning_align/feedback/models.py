@@ -209,8 +209,8 @@ def _exact(logp: Tensor, replies: Sequence[Tokens]) -> Tensor:
     for i, short in enumerate(replies):
         longer = {other: k for k, other in enumerate(replies) if len(other) > len(short) and _begins(other, short)}
         # 100 is already in what begins with 10
-        longer = [k for other, k in longer.items() if not any(o != other and _begins(other, o) for o in longer)]
-        if longer:
-            rest = torch.logsumexp(logp[longer], 0) - logp[i]
+        shortest = [k for other, k in longer.items() if not any(o != other and _begins(other, o) for o in longer)]
+        if shortest:
+            rest = torch.logsumexp(logp[shortest], 0) - logp[i]
             exact[i] = logp[i] + torch.log1p(-rest.exp().clamp(max=1))
     return exact

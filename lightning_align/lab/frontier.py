@@ -76,15 +76,22 @@ def samples(track: Track) -> Sequence[float]:
     return track.samples
 
 
-def load_tracks(runs: Sequence[Path]) -> list[Track]:
-    """Read runs; :class:`UserError` for one without gold at its start, or with more methods than can be told apart."""
+def load_tracks(runs: Sequence[Path], *, columns: Mapping[str, str] | None = None) -> list[Track]:
+    """Read runs, and CSVs with these ``columns`` (see :func:`~lightning_align.lab.runs.load_curve`).
+
+    Raises:
+        UserError: A run has no gold score, or is given twice, or there are more methods than can be told apart.
+    """
     tracks = []
-    for run in runs:
-        curve = load_curve(run)
+    for number, run in enumerate(runs):
+        if run.resolve() in [other.resolve() for other in runs[:number]]:
+            raise UserError(f"{run} is given twice: a run is one seed, give it once")
+        curve = load_curve(run, columns=None if run.is_dir() else columns)
         points = [point for point in curve.points if math.isfinite(point.gold)]
         if len(points) < 2:
             raise UserError(
-                f"{run} has {len(points)} steps with a gold score: give runs with model.gold, evaluated twice"
+                f"{run} has {len(points)} steps with a gold score: give runs with model.gold, evaluated twice (of a "
+                "CSV, name the column: --columns gold=NAME)"
             )
         episodes = _episodes(run)
         tracks.append(Track(run.resolve().name, run, points, [episodes.get(p.step, math.nan) for p in points]))
@@ -169,6 +176,8 @@ def headline(summary: Mapping[str, Any]) -> str:
     if not known:
         return f"No method reaches KL {kl_text(summary['kl'])}"
     first = max(known, key=lambda name: known[name]["value"])
+    if len(known) == 1:
+        return f"At KL {kl_text(summary['kl'])} {first} is {known[first]['value']:+.2f} from its start"
     sure = sum(row["ci"][0] > 0 for row in known.values())
     return (
         f"At KL {kl_text(summary['kl'])} {first} gains most, {known[first]['value']:+.2f}; the 95 % interval of "
@@ -184,9 +193,8 @@ def lines(summary: Mapping[str, Any]) -> list[str]:
         text = f"  {name} ({row['runs']} runs): at KL {kl_text(summary['kl'])} {_told(at_kl)}"
         if "at_samples" in row:
             text += f"; at {summary['samples']:,.0f} samples {_told(row['at_samples'])}"
-        told.append(
-            f"{text}; at best {top['gain']['value']:+.3f} at KL {top['kl']:.2f} after {top['samples']:,.0f} samples"
-        )
+        drawn = "" if math.isnan(top["samples"]) else f" after {top['samples']:,.0f} samples"
+        told.append(f"{text}; at best {top['gain']['value']:+.3f} at KL {top['kl']:.2f}{drawn}")
     return told
 
 

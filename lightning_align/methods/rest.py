@@ -157,9 +157,13 @@ class ReSTModule(GrowingModule):
         everyone = torch.tensor(self.gather(kept.tolist()))
         if not len(everyone):
             level = "threshold" if self.absolute else "quantile"
+            remedy = "lower it, or raise model.samples_per_prompt"
+            known = scores[~scores.isnan()]
+            if len(known) and bool((known == known[0]).all()):
+                remedy = "all of them score the same, and there is nothing to choose by: look at the reward"
             raise UserError(
                 f"nothing of Grow step {self.grow + 1} is above the first {level}, {self.levels[0]:g} "
-                f"({said_of_scores(scores)}): lower it, or raise model.samples_per_prompt"
+                f"({said_of_scores(scores)}): {remedy}"
             )
         weights = reward_weights(
             kept,

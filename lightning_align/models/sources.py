@@ -97,10 +97,17 @@ def local_only(source: ModelSource) -> bool:
         return False
     if not cached:
         raise UserError(
-            f"{source.location}: there is no such local folder, and the model hub cannot be reached to look for it: "
-            "check the spelling, or the network"
+            f"{source.location}: there is no such local folder{_in_a_pipeline(source.location)}, and the model hub "
+            "cannot be reached to look for it: check the spelling, or the network"
         )
     return True
+
+
+def _in_a_pipeline(source: str) -> str:
+    """Where a stage of that name lies, if the runs are a pipeline's."""
+    path = Path(source)
+    found = sorted(path.parent.glob(f"*/{path.name}/{RUN_FILE}")) if path.parent.is_dir() else []
+    return f" (there is {found[0].parent})" if found else ""
 
 
 def hub_reachable() -> bool:

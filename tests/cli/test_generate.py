@@ -123,6 +123,13 @@ def test_a_conversation(desk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer.out.count("> ") == 3
 
 
+def test_a_stage_of_that_name_in_a_pipeline_is_pointed_to(scratch: Any) -> None:
+    scratch.write("runs/chain/stage/run.json", "{}")
+    assert "no such local folder (there is runs/chain/stage), and" in scratch.refused(
+        "generate", "runs/stage", "--prompt=x"
+    )
+
+
 def test_a_chat_template_is_applied_on_request(desk: Any) -> None:
     plain, chat = (desk.done(*MODEL, "--prompt", PROMPT, "--greedy", *more).out for more in ([], ["--chat"]))
     assert plain != chat

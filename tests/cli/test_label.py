@@ -73,8 +73,9 @@ def test_aif_5_a_killed_run_goes_on_without_asking_again(files: Path) -> None:
     assert {round(row["soft_label"], 4) for row in records} <= {0.75, 0.5}
 
 
-def test_aif_1_a_bias_for_a_place_is_said_and_gives_halves(files: Path) -> None:
+def test_aif_1_a_bias_for_a_place_is_said_and_gives_halves(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words(files, "place", "--limit", "20")) == 0
+    assert "warning: 100% of pairs change their winner with the order" in capsys.readouterr().err
     metrics = json.loads((files / "out.metrics.json").read_text())
     assert metrics["ai/position_bias"] == 1
     assert metrics["ai/undecided"] == 1

@@ -93,7 +93,7 @@ def test_runs_that_did_not_come_that_far_are_left_out(runs: list[Path]) -> None:
     assert summary["methods"]["ppo"]["at_kl"]["n"] == 0
     assert summary["methods"]["rest"]["at_kl"]["value"] == pytest.approx(0.0)
     assert summary["methods"]["ppo"]["at_samples"]["value"] == pytest.approx(0.35)
-    assert headline(summary).startswith("At KL 4.0 rest gains most, +0.00; the 95 % interval of 0 of 1")
+    assert headline(summary).startswith("At KL 4.0 rest is +0.00 from its start")
     assert headline(summarise(tracks, 9.0, None)) == "No method reaches KL 9.0"
 
 
@@ -140,10 +140,23 @@ def test_a_csv_of_another_trainer_has_no_samples_and_one_panel(tmp_path: Path) -
     assert len(draw_frontier(tracks, summarise(tracks, 1.0, None)).axes) == 1
 
 
+def test_columns_of_another_trainer_and_one_method_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trl.csv").write_text("step,objective/kl,objective/scores,judge\n0,0,0,2\n1,1,1,1.5\n")
+    words = ["lab", "frontier", str(tmp_path / "trl.csv"), "--out", str(tmp_path / "out")]
+    assert run(words) == 2
+    assert "--columns gold=NAME" in capsys.readouterr().err
+    assert run([*words, "--columns", "kl=objective/kl", "gold=judge"]) == 0
+    said = capsys.readouterr().out
+    assert "At KL 1.0 trl.csv is -0.50 from its start" in said
+    assert "nan" not in said
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "log.csv").write_text("step,kl,proxy,gold\n0,0,0,1\n1,1,1,\n")
     with pytest.raises(UserError, match="has 1 steps with a gold score"):
         load_tracks([tmp_path / "log.csv"])
+    with pytest.raises(UserError, match="is given twice"):
+        load_tracks([made(tmp_path / "twice", [0.0, 1.0, 2.0, 3.0]), tmp_path / "other" / ".." / "twice"])
     many = [made(tmp_path / f"m{i}", [0.0, 1.0, 2.0, 3.0]) for i in range(11)]
     with pytest.raises(UserError, match="11 methods in one picture: give at most 10"):
         load_tracks(many)
