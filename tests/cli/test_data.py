@@ -266,7 +266,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 def test_the_examples_of_the_guide_are_records() -> None:
     examples = [json.loads(line) for line in DOCS.read_text().splitlines() if line.startswith('{"')]
     kinds = [detect_kind(example) for example in examples]
-    assert kinds == ["text", "sft", "sft", "prompt", "preference", "ranked", "unpaired", "scored"]
+    assert kinds == ["text", "sft", "sft", "prompt", "preference", "preference", "ranked", "unpaired", "scored"]
     for kind, example in zip(kinds, examples, strict=True):
         assert kind is not None
         assert validate(kind, example) == example

@@ -141,7 +141,8 @@ def test_gradients_equal_naive_autograd_in_float64(
     sum(logp.sum() + 0.5 * entropy.sum() for logp, entropy in expected).backward()  # type: ignore[union-attr]
     naive = [p.grad for p in model.parameters() if p.grad is not None]
     for first, second in zip(ours, naive, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-7, atol=1e-7)
+        # rotary angles are float32 in transformers, and the last bit of their cosines depends on the place in a vector
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
 
 
 def test_eval_6_kl_to_itself_is_zero_and_to_another_is_exact(make: Make, sequences: list[list[int]], pad: Pad) -> None:
