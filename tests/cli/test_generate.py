@@ -96,7 +96,8 @@ def test_any_reward_chooses(scratch: Any, reward: str) -> None:
     prompts = [json.loads(line) for line in (scratch.root / "prompt.jsonl").read_text().splitlines()]
     scratch.write("few.jsonl", prompts[:3])
     scratch.done(
-        *MODEL, "--file=few.jsonl", "--best-of=4", f"--reward={reward}", "--out=best.jsonl", "--rollout_batch_size=3"
+        *(*MODEL, "--file=few.jsonl", "--best-of=16", f"--reward={reward}", "--out=best.jsonl"),
+        *("--rollout_batch_size=3", "--seed=1"),
     )
     rows = [json.loads(line) for line in (scratch.root / "best.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [record["prompt"] for record in prompts[:3]]
