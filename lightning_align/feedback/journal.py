@@ -30,13 +30,13 @@ class Journal:
             return
         try:
             content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        whole = content[: content.rfind(b"\n") + 1]
+            raise UserError(f"cannot read and mend {path}: {error.strerror}") from error
         for number, line in enumerate(whole.splitlines(), 1):
             self._read(number, line)
-        if len(whole) < len(content):
-            os.truncate(path, len(whole))
 
     def _read(self, number: int, line: bytes) -> None:
         try:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_align.errors import UserError
-from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, distance, x_axis
+from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, bare, distance, style, x_axis
 from lightning_align.lab.findings import kl_text
 from lightning_align.lab.runs import Point, Table, load_curve
 from lightning_align.run.directory import METRICS_FILE
@@ -113,16 +113,7 @@ def table(policies: Sequence[Policy]) -> dict[str, dict[str, dict[str, float | N
 
 def draw_aspects(policies: Sequence[Policy]) -> Figure:
     """A panel for each aspect over a common KL axis, a line for each policy."""
-    style: Any = {
-        "font.size": WIDE.font,
-        "font.family": "DejaVu Sans",
-        "text.color": COLOURS["ink"],
-        "axes.edgecolor": COLOURS["muted"],
-        "axes.labelcolor": COLOURS["muted"],
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(style(WIDE.font)):
         figure = Figure(figsize=(WIDE.width, WIDE.height), layout="constrained")
         axes = figure.subplots(len(ASPECTS), 1, sharex=True)
         x_axis(axes[-1], [point for policy in policies for points in policy.aspects.values() for point in points], WIDE)
@@ -142,11 +133,7 @@ def draw_aspects(policies: Sequence[Policy]) -> Figure:
 def _panel(ax: Axes, aspect: str, policies: Sequence[Policy]) -> None:
     ax.set_title(f"True {aspect}", loc="left", size="medium", weight="bold", pad=7)
     ax.set_ylabel("mean score")
-    ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(axis="both", length=0)
+    bare(ax)
     for policy, (colour, dash, mark) in zip(policies, STYLES, strict=False):
         points = sorted(policy.aspects[aspect], key=distance)
         d = np.array([distance(point) for point in points])

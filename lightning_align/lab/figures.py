@@ -55,11 +55,10 @@ WIDE = Layout(7.0, 5.2, 10.0, "KL from the initial policy, nats per answer (squa
 NARROW = Layout(4.0, 5.2, 9.5, "KL from the initial policy (nats, √ scale)", explained=False)
 
 
-def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_title: bool = True) -> Figure:
-    """One panel for the reward and a larger one for gold, whichever were measured, over a common KL axis."""
-    panels = [key for key in ("proxy", "gold") if _measured(analysis.curve.points, key)]
-    style: Any = {
-        "font.size": layout.font,
+def style(font: float) -> Any:
+    """Matplotlib's settings for all pictures, at a size of the letters in points."""
+    return {
+        "font.size": font,
         "font.family": "DejaVu Sans",
         "text.color": COLOURS["ink"],
         "axes.edgecolor": COLOURS["muted"],
@@ -67,7 +66,21 @@ def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_ti
         "xtick.color": COLOURS["muted"],
         "ytick.color": COLOURS["muted"],
     }
-    with mpl.rc_context(style):
+
+
+def bare(ax: Axes) -> None:
+    """Faint lines at heights, an axis below, and no frame or ticks."""
+    ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(axis="both", length=0)
+
+
+def draw(analysis: Analysis, finding: Finding, layout: Layout = WIDE, *, with_title: bool = True) -> Figure:
+    """One panel for the reward and a larger one for gold, whichever were measured, over a common KL axis."""
+    panels = [key for key in ("proxy", "gold") if _measured(analysis.curve.points, key)]
+    with mpl.rc_context(style(layout.font)):
         figure = Figure(
             figsize=(layout.width, layout.height * (1.0 if len(panels) > 1 else 0.72)), layout="constrained"
         )
@@ -121,11 +134,7 @@ def _panel(ax: Axes, key: str, analysis: Analysis, layout: Layout) -> None:
     title = f"{PANEL_TITLES[key]}: {EXPLANATIONS[key]}" if layout.explained else PANEL_TITLES[key]
     ax.set_title(title, loc="left", color=colour, size="medium", weight="bold", pad=7)
     ax.set_ylabel(Y_LABELS[key])
-    ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(axis="both", length=0)
+    bare(ax)
     ax.locator_params(axis="y", nbins=6 if key == "gold" else 4)
     dense = len(points) > 40
     if key == "gold" and analysis.result is not None:

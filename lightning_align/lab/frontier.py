@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import Estimate, student
-from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, distance, x_axis
+from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, bare, distance, style, x_axis
 from lightning_align.lab.findings import kl_text
 from lightning_align.lab.runs import Point, Table, load_curve
 from lightning_align.run.directory import METRICS_FILE
@@ -220,13 +220,8 @@ def to_csv(tracks: Sequence[Track]) -> str:
 # ---------------------------------------------------------------------------------------------------------- the picture
 def draw_frontier(tracks: Sequence[Track], summary: Mapping[str, Any]) -> Figure:
     """Gold over √KL, and over samples where they are known: a line for each method, faint ones for its runs."""
-    style: Any = {
-        **{"font.size": WIDE.font, "font.family": "DejaVu Sans", "text.color": COLOURS["ink"]},
-        **{"axes.edgecolor": COLOURS["muted"], "axes.labelcolor": COLOURS["muted"]},
-        **{"xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"]},
-    }
     counted = all(math.isfinite(value) for track in tracks for value in track.samples)
-    with mpl.rc_context(style):
+    with mpl.rc_context(style(WIDE.font)):
         figure = Figure(figsize=(WIDE.width, 7.4 if counted else 4.6), layout="constrained")
         axes = figure.subplots(1 + counted, 1, squeeze=False)[:, 0].tolist()
         x_axis(axes[0], [point for track in tracks for point in track.points], WIDE)
@@ -254,11 +249,7 @@ def _smallest(tracks: Sequence[Track]) -> float:
 def _panel(ax: Axes, tracks: Sequence[Track], place: Callable[[Track], Sequence[float]], title: str) -> None:
     ax.set_title(title, loc="left", size="medium", weight="bold", pad=7)
     ax.set_ylabel("mean score")
-    ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(axis="both", length=0)
+    bare(ax)
     for (method, own), (colour, dash, mark) in zip(by_method(tracks).items(), STYLES, strict=False):
         if len(own) > 1:
             for track in own:

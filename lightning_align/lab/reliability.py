@@ -1,13 +1,12 @@
 """The picture of a reward model's calibration: how often it is right where it is so sure."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_align.lab.figures import COLOURS, png
+from lightning_align.lab.figures import COLOURS, bare, png, style
 from lightning_align.losses.reward_metrics import ReliabilityBin
 
 Z = 1.96  # of a 95 % interval
@@ -21,16 +20,7 @@ def draw_reliability(bins: Sequence[ReliabilityBin], name: str) -> bytes:
         bins: In bins of equal count.
         name: Of the run.
     """
-    style: Any = {
-        "font.size": 10.0,
-        "font.family": "DejaVu Sans",
-        "text.color": COLOURS["ink"],
-        "axes.edgecolor": COLOURS["muted"],
-        "axes.labelcolor": COLOURS["muted"],
-        "xtick.color": COLOURS["muted"],
-        "ytick.color": COLOURS["muted"],
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(style(10.0)):
         figure = Figure(figsize=(7.0, 4.2), layout="constrained")
         _panel(figure, bins)
         figure.suptitle(headline(bins), x=0.012, ha="left", weight="bold", size=12.8)
@@ -75,11 +65,7 @@ def _panel(figure: Figure, bins: Sequence[ReliabilityBin]) -> None:
     ax.set_xlabel("difference of the two scores (log-odds that the model gives)")
     ax.set_ylabel("share ranked as labelled")
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    ax.grid(axis="y", color=COLOURS["grid"], linewidth=0.8)
-    ax.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(axis="both", length=0)
+    bare(ax)
 
 
 def _interval(point: ReliabilityBin) -> tuple[float, float]:

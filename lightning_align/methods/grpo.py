@@ -24,7 +24,6 @@ from lightning_align.losses.masked import Metrics, mean_and_var, moments
 from lightning_align.methods.measures import truncated
 from lightning_align.methods.online import OnlineModule
 from lightning_align.methods.sampling import ENGINE_DIFFERENCE
-from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout, concatenate
 
 PresetName = Literal["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "cispo", "gspo"]
@@ -116,18 +115,18 @@ class GRPOModule(OnlineModule):
     def experience(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Log-probs and one advantage a completion."""
         # on-policy, the training forward itself has the log-probs; until then the engine's will do
-        policy = TokenStats(rollout.engine_logp, *[None] * 3) if self.on_policy else self.stats(self.model, rollout)
+        logp = rollout.engine_logp if self.on_policy else self.stats(self.model, rollout).logp
         reference = self.stats(self.frozen.reference, rollout)
         proxy = self.scores(self.frozen.reward, rollout)
-        metrics = self.sample_metrics(rollout, proxy, policy, reference)
+        metrics = self.sample_metrics(rollout, proxy, logp, reference.logp)
         if not self.on_policy:
-            metrics |= self.engine_metrics(rollout, policy.logp)
+            metrics |= self.engine_metrics(rollout, logp)
         rewards = proxy.total
         if self.overlong_buffer:
             limit = self.sampling.max_new_tokens
             rewards = rewards + overlong_penalty(rollout.completion_lengths, limit, self.overlong_buffer)
         if self.settings.kl == "reward":
-            kl = sequence_kl(k1(policy.logp, reference.logp), rollout.completion_mask)
+            kl = sequence_kl(k1(logp, reference.logp), rollout.completion_mask)
             rewards = rewards - self.settings.beta * kl
         advantages, spread = self.advantages(rewards, rollout.prompt_index)
         metrics |= self.reward_metrics(rewards, spread)
@@ -138,7 +137,7 @@ class GRPOModule(OnlineModule):
             replace(rollout, completion_mask=mask),
             rewards,
             proxy.parts,
-            logp=None if self.on_policy else policy.logp,
+            logp=None if self.on_policy else logp,
             ref_logp=reference.logp if self.settings.kl == "loss" else None,
             advantages=advantages,
         )

@@ -24,7 +24,7 @@ from lightning_align.methods.lessons import (
 )
 from lightning_align.methods.measures import column_sums
 from lightning_align.methods.online import OnlineModule
-from lightning_align.models.logprobs import TokenStats, token_stats
+from lightning_align.models.logprobs import token_stats
 from lightning_align.rewards.base import Scores
 from lightning_align.rollout.types import Experience, Rollout, SamplingParams
 
@@ -122,7 +122,7 @@ class HIRModule(OnlineModule):
         """Relabel the completions, and take what there is to learn from the buffer."""
         reference = self.stats(self.frozen.reference, rollout)
         proxy = self.scores(self.frozen.reward, rollout)
-        metrics = self.sample_metrics(rollout, proxy, TokenStats(rollout.engine_logp, *[None] * 3), reference)
+        metrics = self.sample_metrics(rollout, proxy, rollout.engine_logp, reference.logp)
         relabelled = self.relabelled(rollout, proxy)
         lessons = self.lessons(rollout, proxy, relabelled)
         satisfied = satisfaction(relabelled, self.device)

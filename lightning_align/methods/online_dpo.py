@@ -14,9 +14,8 @@ from lightning_align.losses.masked import Metrics
 from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.measures import column_sums, truncated
 from lightning_align.methods.online import OnlineModule
-from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
+from lightning_align.methods.online_pairs import as_pairs, best_and_worst, number_of_pairs, pair_loss
 from lightning_align.models.loading import Parameters, count_parameters
-from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout
 
 
@@ -98,7 +97,7 @@ class OnlineDPOModule(OnlineModule):
         """A pair for each prompt, with log-probs under the reference."""
         reference = self.stats(self.frozen.reference, rollout)
         proxy = self.scores(self.frozen.reward, rollout)
-        metrics = self.sample_metrics(rollout, proxy, TokenStats(rollout.engine_logp, *[None] * 3), reference)
+        metrics = self.sample_metrics(rollout, proxy, rollout.engine_logp, reference.logp)
         scores = proxy.total
         if self.missing_eos_penalty is not None:
             scores = scores - self.missing_eos_penalty * truncated(rollout)
@@ -114,7 +113,7 @@ class OnlineDPOModule(OnlineModule):
                 "pairs/dropped": (scores.new_tensor(dropped), scores.new_tensor(len(rollout.rows_of_prompts()))),
             }
         )
-        return everything.select(rows) if rows else everything.select([0, 1]).without_learning(), metrics
+        return as_pairs(everything, rows), metrics
 
     def judged(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         """Probability of each completion to be the better one of its prompt's two ``[B]``, NaN without an answer."""

@@ -34,6 +34,11 @@ def best_and_worst(scores: Tensor, rollout: Rollout, *, above: float | Tensor = 
     return rows, len(prompts) - len(rows) // 2
 
 
+def as_pairs(samples: Experience, rows: list[int]) -> Experience:
+    """The pairs at ``rows``; without any, a stand-in with which a rank takes part in every step."""
+    return samples.select(rows) if rows else samples.select([0, 1]).without_learning()
+
+
 def pair_loss(
     module: SamplingModule, objective: PairObjective, pairs: Experience, normaliser: Tensor
 ) -> tuple[Tensor, Metrics]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_align.errors import UserError, check_options
 from lightning_align.methods.imitation import ImitationModule, said_of_scores
 from lightning_align.methods.measures import column_sums
-from lightning_align.models.logprobs import TokenStats
 from lightning_align.rollout.types import Experience, Rollout, concatenate, with_completion
 
 
@@ -79,7 +78,7 @@ class RejectionSamplingModule(ImitationModule):
         """The completions to learn from, with their scores."""
         reference = self.stats(self.frozen.reference, rollout)
         proxy = self.scores(self.frozen.reward, rollout)
-        metrics = self.sample_metrics(rollout, proxy, TokenStats(rollout.engine_logp, *[None] * 3), reference)
+        metrics = self.sample_metrics(rollout, proxy, rollout.engine_logp, reference.logp)
         rows = self.kept_rows(proxy.total, rollout)
         metrics |= self.selection_metrics(rollout, proxy.total, rows)
         everything = Experience(rollout, proxy.total)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from lightning_align.methods.dpo_options import pair_objective
 from lightning_align.methods.growing import GrowingModule
 from lightning_align.methods.imitation import said_of_scores
 from lightning_align.methods.measures import column_sums
-from lightning_align.methods.online_pairs import best_and_worst, number_of_pairs, pair_loss
+from lightning_align.methods.online_pairs import as_pairs, best_and_worst, number_of_pairs, pair_loss
 from lightning_align.rollout.types import Experience
 
 
@@ -187,7 +188,7 @@ class ReSTModule(GrowingModule):
         metrics |= {"rest/grow": float(self.grow + 1), "rest/improve": float(self.improve + 1)}
         if self.pairs is not None:
             rows, _ = best_and_worst(scores, self.grown.rollout, above=thresholds)
-            return (self.grown.select(rows) if rows else self.grown.select([0, 1]).without_learning()), metrics
+            return as_pairs(self.grown, rows), metrics
         if not rows:
             return replace(self.grown, advantages=torch.zeros_like(scores)).without_learning(), metrics
         return replace(self.grown.select(rows), advantages=weights), metrics
@@ -337,8 +338,4 @@ def quantile(values: Tensor, level: float) -> float:
     """The quantile with linear interpolation, of any number of values; NaN of none."""
     if not len(values):
         return math.nan
-    ordered = values.double().sort().values
-    place = level * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
+    return float(np.quantile(values.double().cpu().numpy(), level))  # torch's takes 16 million at most

@@ -214,12 +214,17 @@ class SamplingModule(FrozenModule):
         )
 
     # ------------------------------------------------------------------ metrics of samples
-    def sample_metrics(
-        self, rollout: Rollout, proxy: Scores, policy: TokenStats, reference: TokenStats
-    ) -> dict[str, float]:
-        """What every online method logs about an iteration's samples, averaged over all ranks."""
-        kl = sequence_kl(k1(policy.logp, reference.logp), rollout.completion_mask)
-        return self.completion_metrics(rollout, proxy, policy.logp.sum(1), kl)
+    def sample_metrics(self, rollout: Rollout, proxy: Scores, logp: Tensor, ref_logp: Tensor) -> dict[str, float]:
+        """What every online method logs about an iteration's samples, averaged over all ranks.
+
+        Args:
+            rollout: The samples.
+            proxy: Their scores.
+            logp: Log-probs of their tokens under the policy ``[B, T]``; the engine's will do.
+            ref_logp: Under the reference.
+        """
+        kl = sequence_kl(k1(logp, ref_logp), rollout.completion_mask)
+        return self.completion_metrics(rollout, proxy, logp.sum(1), kl)
 
     def completion_metrics(self, rollout: Rollout, proxy: Scores, logp: Tensor, kl: Tensor) -> dict[str, float]:
         """The same from log-probs and KLs of whole completions ``[B]``."""
