@@ -9,16 +9,12 @@ examples: [{prompt: …, completion: …, critique_request: …, critique: …, 
 templates: {critique: …, revision: …}                 # of questions in plain text; optional
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
-from string import Formatter
 from typing import Any
 
-import yaml
-
-from lightning_align.errors import UserError, nearest
+from lightning_align.errors import UserError
 from lightning_align.feedback.constitution import BUILT_IN, Constitution, Example, Principle, Templates
+from lightning_align.feedback.fields import check_template, fault, mapping, read_file
 
 NEEDED = {
     "critique": ("prompt", "completion", "critique_request"),
@@ -35,16 +31,8 @@ def read_constitution(source: str) -> Constitution:
     """
     if source in BUILT_IN:
         return BUILT_IN[source]
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"constitution {source}: there is no such file{nearest(source, BUILT_IN)} (built in: {', '.join(BUILT_IN)})"
-        )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"constitution {source} cannot be read: {' '.join(str(error).split())}") from error
-    read = _mapping(source, "", content, ("principles", "preferences", "examples", "templates"))
+    content = read_file("constitution", source, BUILT_IN)
+    read = mapping(source, "", content, ("principles", "preferences", "examples", "templates"))
     rules = _list(source, "principles", read.get("principles"))
     if not rules:
         raise UserError(f"{source}: field principles is empty: give at least one principle")
@@ -66,20 +54,20 @@ def read_constitution(source: str) -> Constitution:
 def _principle(source: str, index: int, value: Any) -> Principle:
     names = tuple(part.name for part in fields(Principle))
     place = f"principles[{index}]"
-    read = {"name": str(index + 1), **_mapping(source, place, value, names)}
+    read = {"name": str(index + 1), **mapping(source, place, value, names)}
     return Principle(**{name: _text(source, f"{place}.{name}", read.get(name)) for name in names})
 
 
 def _example(source: str, place: str, value: Any) -> Example:
     names = tuple(part.name for part in fields(Example))
-    read = _mapping(source, place, value, names)
+    read = mapping(source, place, value, names)
     return Example(**{name: _text(source, f"{place}.{name}", read.get(name)) for name in names})
 
 
 def _templates(source: str, value: Any) -> Templates:
     names = tuple(part.name for part in fields(Templates))
     changes: dict[str, Any] = {}
-    for name, given in _mapping(source, "templates", value, names).items():
+    for name, given in mapping(source, "templates", value, names).items():
         place = f"templates.{name}"
         if name.endswith("_stop"):
             stops = enumerate(_list(source, place, given))
@@ -87,50 +75,25 @@ def _templates(source: str, value: Any) -> Templates:
         else:
             changes[name] = _text(source, place, given, blank=name == "separator")
         if name in NEEDED:
-            _check_template(source, place, changes[name], NEEDED[name])
+            needed = NEEDED[name]
+            known = dict.fromkeys((*needed, *(NEEDED["critique"] if "critique" in needed else ())))
+            check_template(source, place, changes[name], needed=needed, known=list(known))
     return replace(Templates(), **changes)
-
-
-def _check_template(source: str, place: str, text: str, needed: Sequence[str]) -> None:
-    known = dict.fromkeys((*needed, *(NEEDED["critique"] if "critique" in needed else ())))
-    try:
-        named = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
-    except ValueError as error:
-        raise UserError(f"{source}: field {place}: {error}; a brace that is meant as one is written twice") from error
-    for name in named:
-        if name not in known:
-            raise UserError(f"{source}: field {place} has no {{{name}}} to fill in (there are {', '.join(known)})")
-    for name in needed:
-        if name not in named:
-            raise UserError(f"{source}: field {place} lacks {{{name}}}")
-
-
-def _mapping(source: str, place: str, value: Any, names: Sequence[str]) -> dict[str, Any]:
-    where = f"field {place}" if place else "the file"
-    if not isinstance(value, Mapping):
-        raise UserError(f"{source}: {where} is {type(value).__name__}: give a mapping of {', '.join(names)}")
-    for name in value:
-        if name not in names:
-            inside = f"{place}.{name}" if place else name
-            raise UserError(
-                f"{source}: unknown field {inside}{nearest(str(name), names)} (there are {', '.join(names)})"
-            )
-    return dict(value)
 
 
 def _list(source: str, place: str, value: Any) -> list[Any]:
     if value is None:
-        raise UserError(f"{source}: field {place} is missing")
+        raise fault(source, place, "is missing")
     if not isinstance(value, list):
-        raise UserError(f"{source}: field {place} is {value!r}: give a list")
+        raise fault(source, place, f"is {value!r}: give a list")
     return value
 
 
 def _text(source: str, place: str, value: Any, *, blank: bool = False) -> str:
     if value is None:
-        raise UserError(f"{source}: field {place} is missing")
+        raise fault(source, place, "is missing")
     if not isinstance(value, str):
-        raise UserError(f"{source}: field {place} is {value!r}: give a text, in quotes")
+        raise fault(source, place, f"is {value!r}: give a text, in quotes")
     if not value or not (blank or value.strip()):
-        raise UserError(f"{source}: field {place} is empty: give a text")
+        raise fault(source, place, "is empty: give a text")
     return value if blank else value.strip()

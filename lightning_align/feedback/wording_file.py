@@ -1,14 +1,10 @@
 """A judge's wording from a YAML file; what the file leaves out is as in the built-in ``default``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
-from string import Formatter
 from typing import Any
 
-import yaml
-
-from lightning_align.errors import UserError, nearest
+from lightning_align.feedback.fields import check_template, fault, mapping, read_file
 from lightning_align.feedback.wording import BUILT_IN, DEFAULT, Exemplar, JudgeWording
 
 FIELDS = tuple(field.name for field in fields(JudgeWording) if field.name != "source")
@@ -24,16 +20,8 @@ def read_wording(source: str) -> JudgeWording:
     """
     if source in BUILT_IN:
         return BUILT_IN[source]
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(
-            f"wording {source}: there is no such file{nearest(source, BUILT_IN)} (built in: {', '.join(BUILT_IN)})"
-        )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"wording {source} cannot be read: {' '.join(str(error).split())}") from error
-    given = _mapping(source, "", content, FIELDS)
+    content = read_file("wording", source, BUILT_IN)
+    given = mapping(source, "", content, FIELDS)
     wording = replace(
         DEFAULT,
         source=source,
@@ -46,66 +34,40 @@ def read_wording(source: str) -> JudgeWording:
 def _check_templates(wording: JudgeWording) -> None:
     for name, needed in NEEDED.items():
         known = (*needed, "principle") if name == "comparison" else needed
-        try:
-            named = [field for _, field, _, _ in Formatter().parse(getattr(wording, name)) if field is not None]
-        except ValueError as error:
-            raise _fault(wording.source, name, f"{error}; a brace that is meant as one is written twice") from error
-        for field in named:
-            if field not in known:
-                raise _fault(wording.source, name, f"has no {{{field}}} to fill in (there are {', '.join(known)})")
-        for field in needed:
-            if field not in named:
-                raise _fault(wording.source, name, f"lacks {{{field}}}")
+        named = check_template(wording.source, name, getattr(wording, name), needed=needed, known=known)
         if name == "comparison" and ("principle" in named) != bool(wording.principles):
             what = "names {principle}, but there are no principles" if "principle" in named else "lacks {principle}"
-            raise _fault(wording.source, name, f"{what}: give both, or neither")
+            raise fault(wording.source, name, f"{what}: give both, or neither")
 
 
 # ---------------------------------------------------------------------------------------------------------- fields
-def _fault(source: str, place: str, what: str) -> UserError:
-    return UserError(f"{source}: field {place} {what}")
-
-
-def _mapping(source: str, place: str, value: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        where = f"field {place}" if place else "the file"
-        raise UserError(f"{source}: {where} is {type(value).__name__}: give a mapping of {', '.join(names)}")
-    for name in value:
-        if name not in names:
-            inside = f"{place}.{name}" if place else str(name)
-            raise UserError(
-                f"{source}: unknown field {inside}{nearest(str(name), names)} (there are {', '.join(names)})"
-            )
-    return dict(value)
-
-
 def _text(source: str, place: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise _fault(source, place, f"is {value!r}: give a text, in quotes")
+        raise fault(source, place, f"is {value!r}: give a text, in quotes")
     return value
 
 
 def _reply(source: str, place: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise _fault(source, place, f"is {value!r}: give the text that a reply begins with, in quotes")
+        raise fault(source, place, f"is {value!r}: give the text that a reply begins with, in quotes")
     return value
 
 
 def _list(source: str, place: str, value: Any, *, least: int = 0) -> list[Any]:
     if not isinstance(value, list) or len(value) < least:
-        raise _fault(source, place, f"is {value!r}: give a list{f' of at least {least}' if least else ''}")
+        raise fault(source, place, f"is {value!r}: give a list{f' of at least {least}' if least else ''}")
     return value
 
 
 def _options(source: str, place: str, value: Any) -> tuple[tuple[str, ...], ...]:
     if not isinstance(value, list) or len(value) != 2:
-        raise _fault(source, place, f"is {value!r}: give two replies, or two lists of forms of a reply")
+        raise fault(source, place, f"is {value!r}: give two replies, or two lists of forms of a reply")
     options = []
     for index, forms in enumerate(value):
         listed = _list(source, f"{place}[{index}]", forms if isinstance(forms, list) else [forms], least=1)
         options.append(tuple(_reply(source, f"{place}[{index}]", form) for form in listed))
     if set(options[0]) & set(options[1]):
-        raise _fault(source, place, "has the same reply for both answers")
+        raise fault(source, place, "has the same reply for both answers")
     return tuple(options)
 
 
@@ -114,7 +76,7 @@ def _ratings(source: str, place: str, value: Any) -> tuple[str, ...]:
         _reply(source, f"{place}[{i}]", item) for i, item in enumerate(_list(source, place, value, least=2))
     )
     if len(set(ratings)) < len(ratings):
-        raise _fault(source, place, "names a rating twice")
+        raise fault(source, place, "names a rating twice")
     return ratings
 
 
@@ -127,20 +89,20 @@ def _exemplars(source: str, place: str, value: Any) -> tuple[Exemplar, ...]:
 
 
 def _exemplar(source: str, place: str, value: Any) -> Exemplar:
-    given = _mapping(source, place, value, EXEMPLAR_FIELDS)
+    given = mapping(source, place, value, EXEMPLAR_FIELDS)
     for name in ("prompt", "first", "second", "preferred"):
         if name not in given:
-            raise _fault(source, f"{place}.{name}", "is missing")
+            raise fault(source, f"{place}.{name}", "is missing")
     preferred = given["preferred"]
     if preferred not in (1, 2) or isinstance(preferred, bool):
-        raise _fault(source, f"{place}.preferred", f"is {preferred!r}: give 1 or 2")
+        raise fault(source, f"{place}.preferred", f"is {preferred!r}: give 1 or 2")
     texts = {name: _text(source, f"{place}.{name}", given[name]) for name in given if name != "preferred"}
     return Exemplar(**texts, preferred=preferred)
 
 
 def _flag(source: str, place: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _fault(source, place, f"is {value!r}: give true or false")
+        raise fault(source, place, f"is {value!r}: give true or false")
     return value
 
 
