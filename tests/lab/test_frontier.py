@@ -121,6 +121,16 @@ def test_the_picture_has_a_line_for_each_method_and_faint_ones_for_seeds(runs: l
     assert mean.get_ydata() == pytest.approx([0.5, 0.7, 1.0, 0.5])
     assert sum(line.get_alpha() == 0.2 for line in over_kl) == 3
     assert len(figure.axes) == 2
+    assert figure.axes[1].xaxis.get_transform().linthresh == 16  # linear up to the first evaluation after the start
+
+
+def test_the_sample_axis_is_linear_up_to_the_first_evaluation(tmp_path: Path) -> None:
+    run_of_two = made(tmp_path / "one", [0.0, 1.0, 2.0, 3.0])
+    table = (run_of_two / "metrics.csv").read_text().replace("1,8,", "1,80,").replace("2,16,", "2,160,")
+    (run_of_two / "metrics.csv").write_text(table)
+    tracks = load_tracks([run_of_two])
+    figure = draw_frontier(tracks, summarise(tracks, 1.0, None))
+    assert figure.axes[1].xaxis.get_transform().linthresh == min(value for value in tracks[0].samples if value > 0)
 
 
 def test_from_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,14 @@ def test_the_loss_is_that_of_the_pairs_own_log_probs(world: Any, options: dict[s
     assert float(sums["rewards/accuracies"][0] / sums["rewards/accuracies"][1]) == pytest.approx(float(accuracies))
 
 
+def test_what_the_loss_is_divided_by_is_the_pairs_of_the_minibatch(world: Any, options: dict[str, Any]) -> None:
+    module = world.ready(options)
+    experience, _ = module.experience(drawn(module))
+    for pairs in range(1, len(experience) // 2 + 1):
+        assert int(module.divisor(experience.select(range(2 * pairs)))) == pairs
+    assert int(module.divisor(experience.select([0, 1]).without_learning())) == 0
+
+
 def test_cut_off_completions_are_penalised_before_they_are_ordered(world: Any, options: dict[str, Any]) -> None:
     module = world.ready({**options, "model.missing_eos_penalty": 1e6, "model.reward": "@scores.py:length"})
     rollout = drawn(module)

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_align.methods.imitation import said_of_scores
+
 LENGTH = """
 def length(prompts, completions, **_):
     return [float(len(text)) for text in completions]
@@ -141,6 +143,19 @@ def test_nothing_left_is_one_line_with_the_scores(
     last = capsys.readouterr().err.splitlines()[-1]
     assert "nothing is left of the completions of iteration 1 (scores: least" in last
     assert "lower model.threshold or model.min_score" in last
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([0.0, 1.0, 2.0, 3.0, float("nan")], "scores: least 0, median 1.5, 90 % below 2.7, best 3"),
+        ([-2.5], "scores: least -2.5, median -2.5, 90 % below -2.5, best -2.5"),
+        ([float("nan")] * 2, "none has a score"),
+        ([], "none has a score"),
+    ],
+)
+def test_how_scores_lie_is_said(scores: list[float], said: str) -> None:
+    assert said_of_scores(torch.tensor(scores)) == said
 
 
 @pytest.mark.parametrize(
