@@ -1,185 +1,24 @@
-"""``lab``: what finished runs say; ``lab overopt`` draws one over KL and chooses, ``lab frontier`` several together."""
+"""``lab``: what finished runs say; each command lives in a module of its own."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from errno import EISDIR
-from pathlib import Path
+from importlib import import_module
 
-from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError, nearest
 
-HELP = """usage: lightning-align lab COMMAND [options]
-
-commands:
-  overopt   true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)
-  frontier  true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)"""
+SUMMARIES = {
+    "overopt": "true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)",
+    "frontier": "true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)",
+}  # by command; lab_NAME.py has its main
 
 
 def main(argv: list[str]) -> int:
     """Run the lab command that ``argv`` names."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        width = max(map(len, SUMMARIES))
+        commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in SUMMARIES.items())
+        print(f"usage: lightning-align lab COMMAND [options]\n\ncommands:\n{commands}")
         return 0
-    if argv[0] not in COMMANDS:
-        names = list(COMMANDS)
+    if argv[0] not in SUMMARIES:
+        names = list(SUMMARIES)
         raise UserError(f"unknown lab command '{argv[0]}'{nearest(argv[0], names)} (there are: {', '.join(names)})")
-    return COMMANDS[argv[0]](argv[1:])
-
-
-def overopt(argv: Sequence[str]) -> int:
-    """Write ``overopt.png``, ``.html`` and ``.json``; everything is computed before the first file is written."""
-    parser = OptionParser(
-        "lab overopt", "Draw reward and true score over KL, fit the law of over-optimisation, choose."
-    )
-    parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the run, or the folder of the CSV)")
-    parser.add_argument("--report", type=Path, help="file for the page (default: overopt.html beside the picture)")
-    parser.add_argument("--form", choices=("rl", "bon"), default="rl", help="rl: d(α − β ln d); bon: d(α − β d)")
-    parser.add_argument(
-        "--intercept", choices=("fixed", "free"), default="fixed",
-        help="free: fit the true score at the start instead of using the measured one (always, if none was measured)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--source", choices=("auto", "eval", "train", "plain", "trl"), default="auto",
-        help="eval: eval/lab/…; train: lab/…; plain: kl, proxy, gold; trl: objective/… (default: the first there is)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of a CSV, such as kl=objective/kl"
-    )
-    parser.add_argument("--aspects", action="store_true", help="also draw helpfulness and safety over KL (aspects.png)")
-    parser.add_argument(
-        "--against", type=Path, action="append", default=[], metavar="RUN",
-        help="another run to draw the aspects of beside this one's; may be given several times",
-    )  # fmt: skip
-    options = parser.parse_args(argv)
-    columns = dict(_pair(word) for word in options.columns)
-    if options.source != "auto" and set(columns) - {"step"}:
-        raise UserError("--source and --columns contradict each other: give one of them")
-
-    from lightning_align.lab.analysis import analyse
-    from lightning_align.lab.figures import draw, png
-    from lightning_align.lab.findings import conclude
-    from lightning_align.lab.report import render
-    from lightning_align.lab.runs import load_curve
-    from lightning_align.lab.summary import summarise, to_json
-
-    curve = load_curve(options.run, source=options.source, columns=columns)
-    analysis = analyse(curve, form=options.form, free_start=options.intercept == "free")
-    finding = conclude(analysis)
-    out = options.out or (options.run if options.run.is_dir() else options.run.parent)
-    outputs = {
-        out / "overopt.png": png(draw(analysis, finding)),
-        options.report or out / "overopt.html": render(analysis, finding).encode(errors="replace"),
-        out / "overopt.json": to_json(summarise(analysis, finding, options.run)).encode(),
-    }
-    runs = [options.run, *options.against]
-    lines, more = aspects(runs, out) if options.aspects or options.against else ([], {})
-    outputs |= more
-    _write(outputs)
-    print(finding.headline)
-    for sentence in finding.sentences:
-        print(f"  {sentence}")
-    if analysis.choice.checkpoint is not None:
-        print(f"  checkpoint: {analysis.choice.checkpoint}")
-    for line in lines:
-        print(line)
-    print(f"wrote {', '.join(map(str, outputs))}")
-    return 0
-
-
-def aspects(runs: Sequence[Path], out: Path) -> tuple[list[str], dict[Path, bytes]]:
-    """What helpfulness and safety do over KL in each run: lines to print, and files to write."""
-    from lightning_align.lab.aspects import common_kl, draw_aspects, headline, load_policies, table
-    from lightning_align.lab.figures import png
-
-    policies = load_policies(runs)
-    rows = table(policies)
-    lines = [headline(policies)]
-    for name, row in rows.items():
-        lines.append(f"  {name}: " + ", ".join(f"{aspect} {_score(value)}" for aspect, value in row.items()))
-    content = {"kl": common_kl(policies), "policies": rows}
-    files = {
-        out / "aspects.png": png(draw_aspects(policies)),
-        out / "aspects.json": json.dumps(content, indent=2).encode(),
-    }
-    return lines, files
-
-
-def frontier(argv: Sequence[str]) -> int:
-    """Write ``frontier.png``, ``.json`` and ``.csv``; runs whose folders have one name are seeds of one method."""
-    parser = OptionParser("lab frontier", "Draw the true score of several runs over KL and over samples, and compare.")
-    parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
-    parser.add_argument(
-        "--against", type=Path, action="append", default=[], metavar="RUN", help="another; may be given several times"
-    )
-    parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the current one)")
-    parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of CSVs, such as gold=judge"
-    )
-    parser.add_argument("--kl", type=float, help="KL to compare at, in nats (default: the largest that all reach)")
-    parser.add_argument("--samples", type=float, help="also compare after so many answers of the policy")
-    options = parser.parse_args(argv)
-    for name in ("kl", "samples"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} is {value:g}: give a number above 0")
-
-    from lightning_align.lab.figures import png
-    from lightning_align.lab.frontier import (
-        common_kl,
-        draw_frontier,
-        headline,
-        lines,
-        load_tracks,
-        summarise,
-        to_csv,
-    )
-
-    columns = dict(_pair(word) for word in options.columns)
-    tracks = load_tracks([options.run, *options.against], columns=columns)
-    summary = summarise(tracks, common_kl(tracks) if options.kl is None else options.kl, options.samples)
-    outputs = {
-        options.out / "frontier.png": png(draw_frontier(tracks, summary)),
-        options.out / "frontier.json": json.dumps(summary, indent=2).encode(),
-        options.out / "frontier.csv": to_csv(tracks).encode(),
-    }
-    _write(outputs)
-    print("\n".join([headline(summary), *lines(summary), f"wrote {', '.join(map(str, outputs))}"]))
-    return 0
-
-
-def _score(value: Mapping[str, float | None]) -> str:
-    ends = "" if value["low"] is None else f" ({value['low']:.3f} to {value['high']:.3f})"
-    return f"{value['score']:.3f}{ends}"
-
-
-def _write(outputs: Mapping[Path, bytes]) -> None:
-    """All of them under other names first, so that a full disk or a missing permission leaves the old files."""
-    written: dict[Path, Path] = {}
-    for path, content in outputs.items():
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            if path.is_dir():
-                raise IsADirectoryError(EISDIR, "it is a folder")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-        except OSError as error:
-            for leftover in (*written.values(), temporary):
-                with suppress(OSError):
-                    leftover.unlink()
-            raise UserError(f"cannot write {path}: {error.strerror} (change --out or --report)") from error
-        written[path] = temporary
-    for path, temporary in written.items():
-        os.replace(temporary, path)
-
-
-def _pair(word: str) -> tuple[str, str]:
-    key, equals, column = word.partition("=")
-    if not equals or not column:
-        raise UserError(f"--columns takes FIELD=NAME, not '{word}'")
-    return key, column
-
-
-COMMANDS = {"overopt": overopt, "frontier": frontier}
+    main_of_command = import_module(f"lightning_align.cli.lab_{argv[0]}").main
+    return int(main_of_command(argv[1:]))

@@ -14,7 +14,8 @@ import yaml
 from lightning_align.errors import UserError
 from lightning_align.run.directory import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, STATUS_FILE
 
-FIELDS = ("step", "kl", "proxy", "gold", "proxy_se", "gold_se")
+SCORES = ("proxy", "gold", "heldout", "win_rate")
+FIELDS = ("step", "kl", *SCORES, "kl_se", *(f"{score}_se" for score in SCORES))
 STEP_COLUMNS = ("step", "iteration", "global_step")
 ENOUGH_EVALUATIONS = 4  # fewer evaluations than this give way to the training iterations, if those are more
 CHECKPOINT_NAME = re.compile(r"step=(\d+)-kl=(-?[\d.]+|nan|inf)\.ckpt")
@@ -43,7 +44,16 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint: scores are means over samples; ``nan`` is what was not measured. KL in nats per answer."""
+    """One checkpoint: scores are means over samples; ``nan`` is what was not measured. KL in nats per answer.
+
+    Attributes:
+        step: Of training.
+        kl: To the initial policy, summed over the tokens of an answer.
+        proxy: What training maximised.
+        gold: The true score.
+        heldout: Another reward model, that saw neither this training nor the proxy's data.
+        win_rate: Over the start, by a judge; 0 to 1.
+    """
 
     step: int
     kl: float
@@ -51,6 +61,11 @@ class Point:
     gold: float = math.nan
     gold_se: float = math.nan
     proxy_se: float = math.nan
+    kl_se: float = math.nan
+    heldout: float = math.nan
+    heldout_se: float = math.nan
+    win_rate: float = math.nan
+    win_rate_se: float = math.nan
 
     @property
     def d(self) -> float:
@@ -98,7 +113,7 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
     Args:
         path: Run directory or CSV file.
         source: ``eval``, ``train``, ``plain``, ``trl``, or ``auto`` for the first of them that the file has.
-        columns: Own column names for ``step``, ``kl``, ``proxy``, ``gold``, ``proxy_se`` and ``gold_se``.
+        columns: Own column names for :data:`FIELDS`.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run directory, or a CSV with columns step, kl, proxy, gold")
@@ -193,7 +208,7 @@ def choose_family(table: Table, source: str, columns: Mapping[str, str]) -> Fami
     present = {
         family.name: family
         for family in FAMILIES
-        if table.count(family.columns["kl"]) and any(table.count(family.columns.get(key)) for key in ("proxy", "gold"))
+        if table.count(family.columns["kl"]) and any(table.count(family.columns.get(key)) for key in SCORES)
     }
     own = {key: column for key, column in columns.items() if key != "step"}
     if own:
@@ -219,7 +234,7 @@ def _own_family(table: Table, own: Mapping[str, str], base: Family | None) -> Fa
     """Columns named by the user; the others stay those of ``base``, but for the error of a score that was replaced."""
     kept = base.columns if base is not None else {}
     merged = {key: column for key, column in kept.items() if key.removesuffix("_se") not in own} | dict(own)
-    if "kl" not in merged or not {"proxy", "gold"} & set(merged):
+    if "kl" not in merged or not set(SCORES) & set(merged):
         raise UserError(f"--columns must name 'kl' and 'proxy' or 'gold'; {table.path} has {table}")
     return Family("columns", "rows", merged)
 
@@ -245,7 +260,7 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
     points = []
     for step, cells in sorted(merged.items()):
         values = {key: value for key, value in cells.items() if math.isfinite(value)}
-        if "kl" in values and {"proxy", "gold"} & set(values):
+        if "kl" in values and set(SCORES) & set(values):
             points.append(Point(step, **values))
     return points, len(merged) - len(points)
 
