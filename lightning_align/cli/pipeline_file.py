@@ -153,7 +153,10 @@ class Reader:
         if stage.lab is not None:
             if "run" not in stage.options:
                 raise UserError(f"{where}: 'lab: {stage.lab}' needs 'run', for example ${{ppo.run}}")
-            stage.folder = Path(stage.options.get("out", stage.options["run"]))
+            runs = stage.options["run"]
+            if isinstance(runs, list) and not (runs and "out" in stage.options):
+                raise UserError(f"{where}: a 'run' that is a list needs a run in it, and 'out', the folder to write to")
+            stage.folder = Path(stage.options.get("out", runs))
         return stage
 
     def _resolve(self, value: Any, where: str, own: Stage) -> Any:

@@ -39,9 +39,9 @@ class Stage:
         """The command line of the stage's process; ``flag`` is ``--resume``, ``--overwrite`` or None."""
         start = [sys.executable, "-m", "lightning_align"]
         if self.lab is not None:
-            run = str(self.options["run"])
+            run = self.options["run"]  # one, or a list of them
             rest = {name: value for name, value in self.options.items() if name != "run"}
-            return [*start, "lab", self.lab, run, *_lab_words(rest)]
+            return [*start, "lab", self.lab, *map(str, run if isinstance(run, list) else [run]), *_lab_words(rest)]
         if self.label is not None:  # goes on by itself where it was
             return [*start, "label", *self.label_words(), *(["--overwrite"] if flag == "--overwrite" else [])]
         return [*start, "fit", *self.fit_words(), *([flag] if flag else [])]

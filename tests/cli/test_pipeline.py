@@ -116,6 +116,13 @@ def test_commands_of_the_stages(recorder: Recorder) -> None:
     assert picture == ["lab", "overopt", "runs/demo/ppo", "--out=runs/demo"]
 
 
+def test_a_lab_stage_can_read_several_runs(recorder: Recorder) -> None:
+    both = FILE.replace('lab: overopt, run: "${ppo.run}"', 'lab: frontier, run: ["${ppo.run}", "${sft.run}"], kl: 2')
+    Path("p.yaml").write_text(both)
+    assert pipeline.main(ARGS) == 0
+    assert recorder.commands[-1] == ["lab", "frontier", "runs/demo/ppo", "runs/demo/sft", "--kl=2", "--out=runs/demo"]
+
+
 def test_finished_stages_are_skipped_until_an_input_changes(recorder: Recorder) -> None:
     pipeline.main(ARGS)
     assert recorder.stages() == ALL
@@ -183,6 +190,8 @@ def test_from_only_and_dry_run(recorder: Recorder, capsys: pytest.CaptureFixture
         ),
         ("stages: {a: {config: stage.yaml, m: '${a.weights}'}}", [], r"use \$\{a.model\}"),
         ("stages: {a: {lab: overopt}}", [], "needs 'run'"),
+        ("stages: {a: {lab: frontier, run: [x, y]}}", [], "and 'out', the folder to write to"),
+        ("stages: {a: {lab: frontier, run: [], out: x}}", [], "needs a run in it"),
         ("stage: {a: {config: stage.yaml}}", [], "needs a mapping 'stages'"),
         ("stages: {a: {config: stage.yaml}}\nnam: x", [], "did you mean 'name'"),
         ("stages: [", [], "cannot read the pipeline file"),
