@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_align.errors import UserError
-from lightning_align.run.environment import git_commit, hardware, versions
+from lightning_align.run.environment import git_commit, hardware, peak_memory, versions
 from lightning_align.run.files import write_atomically, writing
 from lightning_align.run.lock import LOCK_FILE, take_lock
 
@@ -49,6 +49,7 @@ class RunDirectory:
         self._made: list[Path] = []  # the folders above it that :meth:`open` made, innermost first
         self._started = time.monotonic()
         self._earlier_seconds = 0.0
+        self._earlier_peaks: Mapping[str, int] = {}
 
     @property
     def last_checkpoint(self) -> Path:
@@ -99,6 +100,7 @@ class RunDirectory:
         self._made = [parent for parent in self.path.parents if not parent.exists()]
         before = read_status(self.path) if self.resume else {}
         self._earlier_seconds = float(before.get("durations", {}).get("total_seconds", 0.0))
+        self._earlier_peaks = before.get("peak_memory", {})
         self._facts = {
             "status": "running",
             "created": before.get("created", _now()),
@@ -223,6 +225,9 @@ class RunDirectory:
         self._facts["durations"] = {
             "session_seconds": round(session, 3),
             "total_seconds": round(self._earlier_seconds + session, 3),
+        }
+        self._facts["peak_memory"] = {
+            name: max(value, self._earlier_peaks.get(name, 0)) for name, value in peak_memory().items()
         }
         write_atomically(folder / STATUS_FILE, self._text())
 

@@ -1,6 +1,7 @@
 """What a run ran on: versions, hardware, the commit of the code."""
 
 import platform
+import resource
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +36,27 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def peak_memory() -> dict[str, int]:
+    """The most that this process has used so far, in bytes, and of each GPU the most that tensors took."""
+    import torch
+
+    peaks = {"process_bytes": _peak_of_process()}
+    if torch.cuda.is_available():
+        peaks["gpu_bytes"] = max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    return peaks
+
+
+def _peak_of_process() -> int:
+    # getrusage counts the parent's memory too, up to the exec: it is the second choice
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def git_commit() -> str | None:

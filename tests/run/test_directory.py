@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lightning_align.errors import UserError
@@ -58,9 +59,13 @@ def test_resume_keeps_history(tmp_path: Path) -> None:
     run = opened(tmp_path)
     created = read_status(run.path)["created"]
     run.update(status="interrupted", step=4)
+    first_peak = read_status(run.path)["peak_memory"]["process_bytes"]
+    assert psutil.Process().memory_info().rss <= first_peak < psutil.virtual_memory().total
+    ballast = bytearray(256 * 2**20)
     again = opened(tmp_path, resume=True)
     again.update(step=6)
     status = read_status(again.path)
+    assert status["peak_memory"]["process_bytes"] >= max(first_peak, len(ballast))
     assert status["created"] == created
     assert status["resumed"] == 1
     assert status["durations"]["total_seconds"] >= status["durations"]["session_seconds"]
