@@ -1,4 +1,4 @@
-"""Fields of the users' YAML files (constitutions, wordings): read, and refused in one line that names them."""
+"""Fields of the users' YAML files (constitutions, wordings, claims): read, and refused in one line that names them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import yaml
 from lightning_align.errors import UserError, nearest
 
 
-def read_file(kind: str, source: str, built_in: Iterable[str]) -> Any:
+def read_file(kind: str, source: str, built_in: Iterable[str] = ()) -> Any:
     """What a YAML file says.
 
     Args:
@@ -24,9 +24,8 @@ def read_file(kind: str, source: str, built_in: Iterable[str]) -> Any:
     path = Path(source)
     known = list(built_in)
     if not path.is_file():
-        raise UserError(
-            f"{kind} {source}: there is no such file{nearest(source, known)} (built in: {', '.join(known)})"
-        )
+        offer = f" (built in: {', '.join(known)})" if known else ""
+        raise UserError(f"{kind} {source}: there is no such file{nearest(source, known)}{offer}")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,0 +1,131 @@
+"""What is measured of a finished run as one number: a metric, or a place on its curve of gold over KL or samples."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_align.errors import UserError
+from lightning_align.feedback.fields import fault, mapping
+from lightning_align.lab.frontier import Track, load_tracks, roots, samples
+from lightning_align.lab.runs import Table
+from lightning_align.run.directory import METRICS_FILE
+
+# kinds with a number, what it is, and how the measure reads
+PLACES = {
+    "gold_at_kl": "true score at KL {place:g}",
+    "gold_at_samples": "true score after {place:,.0f} samples",
+    "kl_to_gold": "KL at which the true score first reaches {place:g}",
+    "samples_to_gold": "samples after which the true score first reaches {place:g}",
+}
+WHOLE = {
+    "best_gold": "highest true score",
+    "last_gold": "true score at the end",
+    "gold_gain": "true score at the end minus at the start",
+    "gold_fall": "true score at the end minus the highest",
+}
+TAKES = {"last": -1, "first": 0}
+REDUCERS = {"max": np.max, "min": np.min, "mean": np.mean, "std": np.std}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a run.
+
+    Attributes:
+        kind: ``metric``, or one of :data:`PLACES` and :data:`WHOLE`.
+        name: Column of ``metrics.csv``, for ``metric``.
+        take: Which of its values: ``last``, ``first``, ``max``, ``min``, ``mean`` or ``std``.
+        place: KL, samples or score, for :data:`PLACES`.
+    """
+
+    kind: str
+    name: str = ""
+    take: str = "last"
+    place: float = math.nan
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        if self.kind == "metric":
+            return self.name if self.take == "last" else f"{self.take} {self.name}"
+        return WHOLE[self.kind] if self.kind in WHOLE else PLACES[self.kind].format(place=self.place)
+
+
+def read_measure(source: str, place: str, value: Any) -> Measure:
+    """``best_gold``, ``{gold_at_kl: 1.0}``, or ``{metric: eval/accuracy, take: last}`` of a YAML file."""
+    if isinstance(value, str) and value in WHOLE:
+        return Measure(value)
+    known = ", ".join([*WHOLE, *(f"{{{name}: NUMBER}}" for name in PLACES), "{metric: NAME}"])
+    if not isinstance(value, dict):
+        raise fault(source, place, f"is {value!r}: give one of {known}")
+    if "metric" in value:
+        given = mapping(source, place, value, ("metric", "take"))
+        take = given.get("take", "last")
+        if not isinstance(given["metric"], str) or take not in (*TAKES, *REDUCERS):
+            raise fault(source, place, f"needs a column of {METRICS_FILE} and one of {', '.join([*TAKES, *REDUCERS])}")
+        return Measure("metric", name=given["metric"], take=take)
+    given = mapping(source, place, value, tuple(PLACES))
+    if len(given) != 1:
+        raise fault(source, place, f"is {value!r}: give one of {known}")
+    ((kind, where),) = given.items()
+    if isinstance(where, bool) or not isinstance(where, int | float) or not math.isfinite(where):
+        raise fault(source, f"{place}.{kind}", f"is {where!r}: give a number")
+    return Measure(kind, place=float(where))
+
+
+def measure(run: Path, wanted: Measure) -> float:
+    """The number; NaN where the run did not come that far or did not measure it.
+
+    Raises:
+        UserError: It has no such column, or no curve at all.
+    """
+    if wanted.kind == "metric":
+        return _metric(run, wanted)
+    (track,) = load_tracks([run])
+    gold = np.array([point.gold for point in track.points])
+    if wanted.kind in WHOLE:
+        return float(
+            {
+                "best_gold": gold.max(),
+                "last_gold": gold[-1],
+                "gold_gain": gold[-1] - gold[0],
+                "gold_fall": gold[-1] - gold.max(),
+            }[wanted.kind]
+        )
+    if wanted.kind == "gold_at_kl":
+        return track.at(roots, math.sqrt(max(wanted.place, 0.0)))
+    if wanted.kind == "gold_at_samples":
+        return track.at(samples, wanted.place)
+    return _first(track, gold, wanted)
+
+
+def _first(track: Track, gold: Any, wanted: Measure) -> float:
+    """Where gold first reaches a level, along training, between neighbours."""
+    places = np.array(
+        [point.kl for point in track.points] if wanted.kind == "kl_to_gold" else track.samples, dtype=np.float64
+    )
+    above = np.flatnonzero(gold >= wanted.place)
+    if not len(above):
+        return math.nan
+    index = int(above[0])
+    if index == 0:
+        return float(places[0])
+    share = (wanted.place - gold[index - 1]) / (gold[index] - gold[index - 1])
+    return float(places[index - 1] + share * (places[index] - places[index - 1]))
+
+
+def _metric(run: Path, wanted: Measure) -> float:
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"{run} has no {METRICS_FILE}: has it been trained?")
+    table = Table.read(path)
+    if wanted.name not in table.header:
+        raise UserError(f"{path} has no column '{wanted.name}' (it has {table})")
+    cells = np.array([table.number(index, wanted.name) for index in range(len(table.rows))])
+    values = cells[np.isfinite(cells)]
+    if not len(values):
+        return math.nan
+    return float(values[TAKES[wanted.take]] if wanted.take in TAKES else REDUCERS[wanted.take](values))
