@@ -8,6 +8,7 @@ SUMMARIES = {
     "overopt": "true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)",
     "frontier": "true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)",
     "claims": "claims of the field against the runs of sweeps: effect, interval, verdict (PNG, JSON)",
+    "leaderboard": "all methods at the same KL and sample budget (HTML, PNG, JSON, CSV)",
 }  # by command; lab_NAME.py has its main
 
 

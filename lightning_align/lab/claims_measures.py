@@ -24,8 +24,8 @@ WHOLE = {
     "best_gold": "highest true score",
     "last_gold": "true score at the end",
     "gold_gain": "true score at the end minus at the start",
-    "gold_fall": "true score at the end minus the highest",
 }
+CHANGE = "gold_change"  # with two KLs: from the one to the other, fixed beforehand, so that chance can raise it too
 TAKES = {"last": -1, "first": 0}
 REDUCERS = {"max": np.max, "min": np.min, "mean": np.mean, "std": np.std}
 
@@ -35,22 +35,26 @@ class Measure:
     """One number of a run.
 
     Attributes:
-        kind: ``metric``, or one of :data:`PLACES` and :data:`WHOLE`.
+        kind: ``metric``, :data:`CHANGE`, or one of :data:`PLACES` and :data:`WHOLE`.
         name: Column of ``metrics.csv``, for ``metric``.
         take: Which of its values: ``last``, ``first``, ``max``, ``min``, ``mean`` or ``std``.
-        place: KL, samples or score, for :data:`PLACES`.
+        place: KL, samples or score, for :data:`PLACES`; the first KL of a change.
+        until: The second.
     """
 
     kind: str
     name: str = ""
     take: str = "last"
     place: float = math.nan
+    until: float = math.nan
 
     @property
     def described(self) -> str:
         """In words."""
         if self.kind == "metric":
             return self.name if self.take == "last" else f"{self.take} {self.name}"
+        if self.kind == CHANGE:
+            return f"true score at KL {self.until:g} minus that at KL {self.place:g}"
         return WHOLE[self.kind] if self.kind in WHOLE else PLACES[self.kind].format(place=self.place)
 
 
@@ -58,7 +62,8 @@ def read_measure(source: str, place: str, value: Any) -> Measure:
     """``best_gold``, ``{gold_at_kl: 1.0}``, or ``{metric: eval/accuracy, take: last}`` of a YAML file."""
     if isinstance(value, str) and value in WHOLE:
         return Measure(value)
-    known = ", ".join([*WHOLE, *(f"{{{name}: NUMBER}}" for name in PLACES), "{metric: NAME}"])
+    forms = [*WHOLE, *(f"{{{name}: NUMBER}}" for name in PLACES), f"{{{CHANGE}: [KL, KL]}}", "{metric: NAME}"]
+    known = ", ".join(forms)
     if not isinstance(value, dict):
         raise fault(source, place, f"is {value!r}: give one of {known}")
     if "metric" in value:
@@ -67,13 +72,22 @@ def read_measure(source: str, place: str, value: Any) -> Measure:
         if not isinstance(given["metric"], str) or take not in (*TAKES, *REDUCERS):
             raise fault(source, place, f"needs a column of {METRICS_FILE} and one of {', '.join([*TAKES, *REDUCERS])}")
         return Measure("metric", name=given["metric"], take=take)
+    if CHANGE in value:
+        ends = mapping(source, place, value, (CHANGE,))[CHANGE]
+        if not (isinstance(ends, list) and len(ends) == 2 and all(_is_number(end) for end in ends)):
+            raise fault(source, f"{place}.{CHANGE}", f"is {ends!r}: give two KLs")
+        return Measure(CHANGE, place=float(ends[0]), until=float(ends[1]))
     given = mapping(source, place, value, tuple(PLACES))
     if len(given) != 1:
         raise fault(source, place, f"is {value!r}: give one of {known}")
     ((kind, where),) = given.items()
-    if isinstance(where, bool) or not isinstance(where, int | float) or not math.isfinite(where):
+    if not _is_number(where):
         raise fault(source, f"{place}.{kind}", f"is {where!r}: give a number")
     return Measure(kind, place=float(where))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def measure(run: Path, wanted: Measure) -> float:
@@ -85,6 +99,8 @@ def measure(run: Path, wanted: Measure) -> float:
     if wanted.kind == "metric":
         return _metric(run, wanted)
     (track,) = load_tracks([run])
+    if track.score != "gold":
+        raise UserError(f"{run} has no true score for '{wanted.described}': give the runs model.gold, or measure it")
     gold = np.array([point.gold for point in track.points])
     if wanted.kind in WHOLE:
         return float(
@@ -92,11 +108,11 @@ def measure(run: Path, wanted: Measure) -> float:
                 "best_gold": gold.max(),
                 "last_gold": gold[-1],
                 "gold_gain": gold[-1] - gold[0],
-                "gold_fall": gold[-1] - gold.max(),
             }[wanted.kind]
         )
-    if wanted.kind == "gold_at_kl":
-        return track.at(roots, math.sqrt(max(wanted.place, 0.0)))
+    if wanted.kind in ("gold_at_kl", CHANGE):
+        first, second = (track.at(roots, math.sqrt(max(kl, 0.0))) for kl in (wanted.place, wanted.until))
+        return second - first if wanted.kind == CHANGE else first
     if wanted.kind == "gold_at_samples":
         return track.at(samples, wanted.place)
     return _first(track, gold, wanted)

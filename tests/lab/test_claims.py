@@ -87,7 +87,8 @@ def test_labels_choose_the_runs_of_an_arm(make: Make, tmp_path: Path) -> None:
         (Measure("best_gold"), 0.9),
         (Measure("last_gold"), 0.3),
         (Measure("gold_gain"), 0.2),
-        (Measure("gold_fall"), -0.6),
+        (Measure("gold_change", place=4.0, until=9.0), -0.6),
+        (Measure("gold_change", place=0.0, until=2.25), 0.6),
         (Measure("gold_at_kl", place=2.25), 0.7),  # half way between √1 and √4
         (Measure("gold_at_samples", place=150.0), 0.7),
         (Measure("kl_to_gold", place=0.7), 2.5),
@@ -194,6 +195,11 @@ def test_a_file_of_claims(tmp_path: Path) -> None:
         ("measure: best_gold", "measure: best_proxy", "field claims[0].measure is 'best_proxy': give one of best_gold"),
         ("measure: best_gold", "measure: {gold_at_kl: far}", "field claims[0].measure.gold_at_kl is 'far'"),
         ("measure: best_gold", "measure: {metric: loss, take: some}", "field claims[0].measure needs a column"),
+        (
+            "measure: best_gold",
+            "measure: {gold_change: [1]}",
+            "field claims[0].measure.gold_change is [1]: give two KLs",
+        ),
         ("expect: equal", "expect: same", "field claims[1].expect is 'same': give one of more, less, equal"),
         ("    margin: 0.2\n", "", "field claims[1].margin belongs to expect: equal"),
         ("margin: 0.2", "margin: -1", "field claims[1].margin is -1"),
