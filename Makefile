@@ -10,7 +10,10 @@ PARITY := .venv-parity
 TRL := trl==1.16.0 accelerate==1.15.0
 TRL_PPO := trl==1.12.0
 
-.PHONY: env quickstart test test-slow test-parity lint clean
+# Playwright stands in a folder of its own; the browser is the machine's (Debian: apt-get install chromium).
+BROWSER := .venv-browser
+
+.PHONY: env quickstart test test-slow test-parity test-browser lint clean
 
 env: $(VENV)/.ready
 
@@ -51,5 +54,12 @@ test-parity: $(PARITY)/.ready
 	OMP_NUM_THREADS=1 $(PARITY)/bin/python -m pytest tests/parity --ignore tests/parity/ppo
 	OMP_NUM_THREADS=1 PYTHONPATH=$(PARITY)/ppo $(PARITY)/bin/python -m pytest tests/parity/ppo
 
+$(BROWSER)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(BROWSER) 'playwright>=1.50'
+	touch $@
+
+test-browser: $(BROWSER)/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(BROWSER) $(BIN)/python -m pytest tests/browser
+
 clean:
-	rm -rf $(VENV) $(PARITY)
+	rm -rf $(VENV) $(PARITY) $(BROWSER)
