@@ -267,14 +267,16 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str, *, prefix: str | None = None) -> str:
     """Inline SVG without a ground, its colours left to the page: ``var(--gold)`` and so on.
 
     Args:
         figure: What to write.
-        name: Prefix of the element ids, which must be unique in a page.
+        name: Class of the picture in the page's styles, such as ``wide``.
         label: What a screen reader says.
+        prefix: Of the element ids, which must be unique in a page (default: the name).
     """
+    prefix = prefix or name
     figure.set_facecolor("none")
     for ax in figure.axes:
         ax.set_facecolor("none")
@@ -288,8 +290,8 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, value in COLOURS.items():
         text = text.replace(value, f"var(--{colour})")
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r"url\(#", f"url(#{name}-", text.replace('xlink:href="#', f'href="#{name}-'))
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"url\(#", f"url(#{prefix}-", text.replace('xlink:href="#', f'href="#{prefix}-'))
     width, height = (float(value) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
     opening = f'<svg class="{name}" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}">'
     return opening + text[text.index(">") + 1 :]
