@@ -1,18 +1,37 @@
-"""Which checkpoint to keep: the least KL that is as good as the best, or without a gold score the knee of the proxy."""
+"""Which checkpoint to keep, by what is known of the run (METHODS section 14)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import isotonic_regression
+from scipy.stats import norm
 
-from lightning_align.lab.overopt import Array
+from lightning_align.lab.overopt import LEVEL, Array, Interval
 from lightning_align.lab.runs import Curve, Point
 
-Policy = Literal["gold", "knee"]
+Policy = Literal["gold", "heldout", "winrate", "peak", "knee", "budget"]
+POLICIES: tuple[Policy, ...] = ("gold", "heldout", "winrate", "peak", "knee", "budget")
+PATIENCE = 3  # checkpoints in a row in which the proxy rises while the held-out reward falls, before it is said
+
+
+@dataclass(frozen=True)
+class KnownPeak:
+    """A fitted peak with an interval of β above 0.
+
+    Attributes:
+        d: Where it is, √KL.
+        gain: Gold there over the start.
+        source: What it was fitted to, in words.
+    """
+
+    d: Interval
+    gain: Interval
+    source: str
 
 
 @dataclass(frozen=True)
@@ -21,11 +40,14 @@ class Choice:
 
     Attributes:
         point: The measurement it rests on.
-        policy: ``gold`` (one-standard-error rule) or ``knee`` (proxy only, the weakest).
-        best: The point with the best gold score, for ``gold``.
-        se: Standard error the rule allowed, for ``gold``.
+        policy: What chose it.
+        best: The point with the best score, where one within a standard error of it was taken.
+        se: Standard error the rule allowed, for ``gold`` and ``heldout``.
         checkpoint: File to keep; None if the run kept none.
         checkpoint_step: Its step, which is the nearest that was saved.
+        gold: Gold that is predicted there, with its 95 % interval; None where nothing is known of it.
+        gain: Whether ``gold`` is a gain over the start and not a score.
+        reason: In one or two sentences.
     """
 
     point: Point
@@ -34,33 +56,163 @@ class Choice:
     se: float = 0.0
     checkpoint: Path | None = None
     checkpoint_step: int | None = None
+    gold: Interval | None = None
+    gain: bool = False
+    reason: str = ""
 
 
 def choose(curve: Curve) -> Choice:
     """By gold where there is one, else by the knee; ties go to the smaller KL, then to the earlier step."""
-    if curve.has_gold:
-        point, best, se = one_standard_error(curve.points)
-        choice = Choice(point, "gold", best, se)
-    else:
-        choice = Choice(knee(curve.points), "knee")
+    return select(curve, "gold" if curve.has_gold else "knee")
+
+
+def automatic(curve: Curve, *, peak: KnownPeak | None = None) -> Policy:
+    """The strongest policy that the measurements allow: gold, held-out reward, win rate, an earlier peak, the knee."""
+    for policy, score in (("gold", "gold"), ("heldout", "heldout"), ("winrate", "win_rate")):
+        if any(math.isfinite(getattr(point, score)) for point in curve.points):
+            return policy  # type: ignore[return-value]
+    return "knee" if peak is None else "peak"
+
+
+def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: KnownPeak | None = None) -> Choice:
+    """Choose by one policy.
+
+    Args:
+        curve: The run.
+        policy: One of :data:`POLICIES`.
+        budget: No checkpoint with more KL than this is chosen, by whatever policy.
+        peak: For ``peak``.
+
+    Raises:
+        ValueError: The run lacks what the policy needs; the text says what.
+    """
+    points = [point for point in curve.points if math.isfinite(point.kl)]
+    if budget is not None:
+        within = [point for point in points if point.kl <= budget]
+        if points and not within:
+            least = min(point.kl for point in points)
+            raise ValueError(f"no checkpoint has a KL of {budget:g} or less: the smallest is {least:.3g}")
+        points = within
+    if not points:
+        raise ValueError("no checkpoint has a KL")
+    choice = _RULES[policy](points, budget, peak)
     if not curve.checkpoints:
         return choice
     step = min(curve.checkpoints, key=lambda saved: (abs(saved - choice.point.step), saved))
     return replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
 
 
-def one_standard_error(points: Sequence[Point]) -> tuple[Point, Point, float]:
-    """The smallest KL whose gold lies within one standard error of the best.
+# ---------------------------------------------------------------------------------------------------------- the rules
+def _by_gold(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    point, best, se = one_standard_error(points)
+    own = point.gold_se if math.isfinite(point.gold_se) else se
+    reach = float(norm.ppf((1 + LEVEL) / 2)) * own
+    return Choice(
+        point, "gold", best, se, gold=Interval(point.gold, point.gold - reach, point.gold + reach),
+        reason=_within("gold score", point, best, se) + " The score there is a little flattered: it made the choice.",
+    )  # fmt: skip
+
+
+def _by_heldout(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    point, best, se = one_standard_error(points, "heldout")
+    reason = _within("held-out reward", point, best, se)
+    step = parting(points)
+    if step is not None:
+        reason += f" Over {PATIENCE} checkpoints up to step {step} the proxy rose while the held-out reward fell."
+    return Choice(point, "heldout", best, se, reason=reason)
+
+
+def _by_win_rate(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    judged = _ordered(point for point in points if math.isfinite(point.win_rate))
+    if not judged:
+        raise ValueError("no checkpoint has a win rate: measure one, or name its column (--columns win_rate=NAME)")
+    point = max(judged, key=lambda p: p.win_rate)
+    return Choice(
+        point, "winrate", reason=f"It wins most often against the start ({point.win_rate:.2f} of the prompts)."
+    )
+
+
+def _by_peak(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    if peak is None:
+        raise ValueError("there is no fitted peak: give --fit with the overopt.json of a run that has one")
+    valid = _ordered(point for point in points if math.isfinite(point.d))
+    if not valid:
+        raise ValueError("every KL was estimated below 0")
+    inside = [point for point in valid if peak.d.low <= point.d <= peak.d.high]
+    point = min(inside or valid, key=lambda p: (abs(p.d - peak.d.estimate), p.d, p.step))
+    reason = f"It is nearest to the peak at KL {peak.d.estimate**2:.3g} ({peak.source})."
+    if not inside:
+        reason += (
+            f" No checkpoint lies within the interval of the peak, KL {peak.d.low**2:.3g} to {peak.d.high**2:.3g}."
+        )
+    return Choice(point, "peak", gold=peak.gain if inside else None, gain=True, reason=reason)
+
+
+def _by_knee(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    reason = (
+        "A weak hint: beyond this knee the proxy gains less for the KL it costs; the proxy cannot show its own errors."
+    )
+    return Choice(knee(points), "knee", reason=reason)
+
+
+def _by_budget(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+    if budget is None:
+        raise ValueError("budget needs a KL: give --budget")
+    point = max(points, key=lambda p: (p.kl, -p.step))
+    return Choice(
+        point, "budget", reason=f"A weak hint: it has the largest KL up to {budget:g}; no score was looked at."
+    )
+
+
+_RULES: dict[Policy, Callable[[Sequence[Point], float | None, KnownPeak | None], Choice]] = {
+    "gold": _by_gold,
+    "heldout": _by_heldout,
+    "winrate": _by_win_rate,
+    "peak": _by_peak,
+    "knee": _by_knee,
+    "budget": _by_budget,
+}
+
+
+def _within(score: str, point: Point, best: Point, se: float) -> str:
+    if point == best:
+        return f"It has the best {score}, and no smaller KL comes within one standard error ({se:.2g}) of it."
+    return f"The smallest KL whose {score} is within one standard error ({se:.2g}) of the best, at step {best.step}."
+
+
+def _ordered(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda p: (p.kl, p.step))
+
+
+def parting(points: Sequence[Point]) -> int | None:
+    """The first step at which the proxy has risen and the held-out reward fallen :data:`PATIENCE` times in a row."""
+    both = sorted((p for p in points if math.isfinite(p.proxy) and math.isfinite(p.heldout)), key=lambda p: p.step)
+    run = 0
+    for before, after in pairwise(both):
+        run = run + 1 if after.proxy > before.proxy and after.heldout < before.heldout else 0
+        if run == PATIENCE:
+            return after.step
+    return None
+
+
+def one_standard_error(points: Sequence[Point], score: str = "gold") -> tuple[Point, Point, float]:
+    """The smallest KL whose score lies within one standard error of the best.
+
+    Args:
+        points: The checkpoints.
+        score: ``gold`` or ``heldout``.
 
     Returns:
         The point, the best point, and the standard error used: the best point's own, else :func:`noise`.
     """
-    measured = sorted((p for p in points if math.isfinite(p.gold)), key=lambda p: (p.kl, p.step))
+    measured = _ordered(p for p in points if math.isfinite(getattr(p, score)))
     if not measured:
-        raise ValueError("no point has a gold score: use knee")
-    best = max(measured, key=lambda p: p.gold)  # the first of equals has the smallest KL
-    se = best.gold_se if math.isfinite(best.gold_se) else noise(measured, [p.gold for p in measured])
-    return next(p for p in measured if p.gold >= best.gold - se), best, se
+        raise ValueError(f"no point has a {score} score: use knee")
+    values = {p: float(getattr(p, score)) for p in measured}
+    best = max(measured, key=lambda p: values[p])  # the first of equals has the smallest KL
+    own = float(getattr(best, f"{score}_se"))
+    se = own if math.isfinite(own) else noise(measured, [values[p] for p in measured])
+    return next(p for p in measured if values[p] >= values[best] - se), best, se
 
 
 def noise(points: Sequence[Point], values: Sequence[float]) -> float:

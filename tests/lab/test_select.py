@@ -8,8 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_align.lab.overopt import Interval
+from lightning_align.lab.regret import regrets
 from lightning_align.lab.runs import Curve, Point
-from lightning_align.lab.select import choose, knee, noise, one_standard_error
+from lightning_align.lab.select import (
+    POLICIES,
+    KnownPeak,
+    Policy,
+    automatic,
+    choose,
+    knee,
+    noise,
+    one_standard_error,
+    select,
+)
 
 
 def points_of(kl: list[float], gold: list[float], se: float = math.nan) -> list[Point]:
@@ -151,3 +163,97 @@ def test_choose_falls_back_to_the_knee_without_gold() -> None:
     choice = choose(curve)
     assert choice.policy == "knee"
     assert choice.best is None
+
+
+# ------------------------------------------------------------------ the other policies
+def measured(kl: list[float], **scores: list[float]) -> Curve:
+    rows = [{name: values[i] for name, values in scores.items()} for i in range(len(kl))]
+    return Curve("run", [Point(i, kl=k, **row) for i, (k, row) in enumerate(zip(kl, rows, strict=True))])
+
+
+PEAK = KnownPeak(Interval(1.5, 1.2, 1.9), Interval(0.4, 0.3, 0.5), "fitted to another run")
+
+
+def test_opt_4_every_policy_ignores_gold_offset_and_row_order() -> None:
+    d = [0.3 * i for i in range(12)]
+    points = [
+        Point(i, kl=x * x, proxy=x, gold=x - 0.3 * x * x, heldout=x - 0.2 * x * x, win_rate=0.5 + 0.1 * math.sin(x))
+        for i, x in enumerate(d)
+    ]
+    for policy in POLICIES:
+        expected = select(Curve("a", points), policy, budget=6.0, peak=PEAK).point.step
+        shifted = [replace(p, gold=p.gold + 50) for p in random.Random(3).sample(points, len(points))]
+        assert select(Curve("a", shifted), policy, budget=6.0, peak=PEAK).point.step == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_opt_4_ties_and_a_single_point(policy: Policy) -> None:
+    tie = [
+        Point(s, kl=2.0, proxy=1.0, gold=1.0, gold_se=0.0, heldout=1.0, heldout_se=0.0, win_rate=0.6) for s in (4, 2, 9)
+    ]
+    assert select(Curve("a", tie), policy, budget=3.0, peak=PEAK).point.step == 2
+    assert select(Curve("a", tie[:1]), policy, budget=3.0, peak=PEAK).point.step == 4
+
+
+def test_peak_is_clamped_and_never_beyond_what_was_trained() -> None:
+    curve = measured([0.0, 1.0, 2.0, 2.6, 9.0], proxy=[0.0, 1.0, 2.0, 3.0, 4.0])
+    choice = select(curve, "peak", peak=PEAK)
+    assert (choice.point.kl, choice.gold, choice.gain) == (2.0, PEAK.gain, True)
+    far = KnownPeak(Interval(9.0, 8.0, 10.0), PEAK.gain, "another")
+    beyond = select(curve, "peak", peak=far)
+    assert beyond.point.kl == 9.0
+    assert beyond.gold is None
+    assert "No checkpoint lies within" in beyond.reason
+
+
+def test_budget_caps_every_policy_and_says_when_nothing_is_left() -> None:
+    curve = measured([0.5, 1.0, 4.0], proxy=[0.0, 1.0, 2.0], heldout=[0.0, 1.0, 5.0])
+    assert select(curve, "budget", budget=3.9).point.kl == 1.0
+    assert select(curve, "heldout", budget=3.9).point.kl == 1.0
+    with pytest.raises(ValueError, match=r"0\.1 or less: the smallest is 0\.5"):
+        select(curve, "budget", budget=0.1)
+
+
+def test_heldout_says_when_it_parts_from_the_proxy() -> None:
+    curve = measured([0.0, 1.0, 2.0, 3.0, 4.0], proxy=[0, 1, 2, 3, 4], heldout=[0.0, 5.0, 4.0, 3.0, 2.0])
+    assert "up to step 4" in select(curve, "heldout").reason
+    curve.points[3] = replace(curve.points[3], proxy=1.5)
+    assert "fell" not in select(curve, "heldout").reason
+
+
+def test_auto_takes_the_strongest_that_was_measured() -> None:
+    curve = measured([0.0, 1.0], proxy=[0.0, 1.0])
+    assert automatic(curve) == "knee"
+    assert automatic(curve, peak=PEAK) == "peak"
+    for name, policy in (("win_rate", "winrate"), ("heldout", "heldout"), ("gold", "gold")):
+        curve.points = [replace(point, **{name: 0.5}) for point in curve.points]
+        assert automatic(curve, peak=PEAK) == policy
+
+
+# ------------------------------------------------------------------ OPT-5
+def simulated(seed: int) -> Curve:
+    generator = np.random.default_rng(seed)
+    d = np.linspace(0.2, 5.0, 20)
+    gold = d * (0.8 - 0.6 * np.log(d))
+    heldout = gold + generator.normal(0, 0.08, 20)
+    points = [
+        Point(i, kl=float(x * x), proxy=float(x), gold=float(g), gold_se=0.02, heldout=float(h), heldout_se=0.08)
+        for i, (x, g, h) in enumerate(zip(d, gold, heldout, strict=True))
+    ]
+    return Curve("s", points)
+
+
+def test_opt_5_regret_of_a_family_with_a_known_law() -> None:
+    table, silent = regrets([simulated(seed) for seed in range(12)])
+    mean = {row.policy: row.mean for row in table}
+    assert mean["heldout"].high < mean["last"].low
+    assert mean["peak"].value < 0.02  # the law is the same in every run
+    assert mean["gold"].value <= mean["heldout"].value
+    assert set(silent) == {"winrate", "budget"}
+
+
+def test_regret_hides_gold_and_the_own_fit() -> None:
+    """A run alone has a peak in its gold, and none that another run has shown."""
+    alone, silent = regrets([simulated(0)])
+    assert "peak" not in {row.policy for row in alone}
+    assert "fitted peak" in silent["peak"]

@@ -1,0 +1,119 @@
+"""``lab select``: which checkpoint of a run to keep, why, and what each policy would have cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_align.cli.lab_files import pair, write_all
+from lightning_align.cli.options import OptionParser
+from lightning_align.errors import UserError
+
+PREFERRED = {"heldout": "heldout_lower", "win_rate": "length_controlled_win_rate"}  # columns that go before
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write ``selection.json``, and of several runs ``regret.png``."""
+    parser = OptionParser("lab select", "Name the checkpoint to keep, and why.")
+    parser.add_argument("run", type=Path, nargs="+", help="run directories or CSVs; several are seeds of one method")
+    parser.add_argument(
+        "--policy", choices=("auto", "gold", "heldout", "winrate", "peak", "knee", "budget"), default="auto",
+        help="auto: the first of gold, heldout, winrate, peak (with --fit) and knee that the run allows",
+    )  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="KL", help="choose no checkpoint with more KL than this")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="overopt.json of earlier runs"
+    )
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help="of CSVs")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run; of several the current folder)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also write the checkpoint as a Hugging Face model")
+    options = parser.parse_args(argv)
+    if options.budget is not None and not options.budget > 0:
+        raise UserError(f"--budget is {options.budget:g}: give a KL above 0")
+    if options.export is not None and len(options.run) > 1:
+        raise UserError("--export writes the checkpoint of one run: give one")
+    if options.export is not None and options.export.exists():
+        raise UserError(f"{options.export} exists: give another --export")
+
+    from lightning_align.lab.figures import png
+    from lightning_align.lab.regret import as_dict, draw_regret, lines, own_peak, pooled, read_peaks, regrets
+    from lightning_align.lab.runs import Curve, Table, curve_file, load_curve
+    from lightning_align.lab.select import Choice, automatic, select
+    from lightning_align.lab.summary import to_json
+
+    def read(run: Path) -> Curve:
+        own = dict(pair(word) for word in options.columns)
+        if run.exists():
+            table = Table.read(curve_file(run))
+            own = {key: name for key, name in PREFERRED.items() if table.count(name) and key not in own} | own
+        return load_curve(run, columns=own)
+
+    given, without = read_peaks(options.fit)
+    for file in without:
+        print(f"{file} has no peak and is left out")
+    if options.fit and not given:
+        raise UserError("none of the --fit files has a peak: give others, or leave --fit out")
+    curves = [read(run) for run in options.run]
+    choices: list[Choice] = []
+    for run, curve in zip(options.run, curves, strict=True):
+        peak = pooled(given)
+        policy = automatic(curve, peak=peak) if options.policy == "auto" else options.policy
+        if policy == "peak" and peak is None:
+            peak = own_peak(curve)
+        try:
+            choices.append(select(curve, policy, budget=options.budget, peak=peak))
+        except ValueError as error:
+            raise UserError(f"{run}: {error}") from error
+        print("\n".join(_told(run, choices[-1])))
+    if options.export is not None and choices[0].checkpoint is None:
+        raise UserError(f"{options.run[0]} has no checkpoint to export: give a run directory that kept some")
+    table, silent = regrets(curves, budget=options.budget, given=given)
+    if table:
+        print("regret, gold of the best checkpoint minus gold of the chosen one; only gold has seen gold:")
+        print("\n".join(lines(table, silent, len(curves))))
+    one = options.run[0] if options.run[0].is_dir() else options.run[0].parent
+    out = options.out or (one if len(curves) == 1 else Path())
+    content = {
+        "format": 1,
+        "budget": options.budget,
+        "fits": [str(file) for file in options.fit],
+        "runs": [_row(run, choice) for run, choice in zip(options.run, choices, strict=True)],
+        "regret": as_dict(table),
+    }
+    outputs = {out / "selection.json": to_json(content).encode()}
+    if len(curves) > 1 and table:
+        outputs[out / "regret.png"] = png(draw_regret(table))
+    write_all(outputs)
+    print(f"wrote {', '.join(map(str, outputs))}")
+    if options.export is not None and choices[0].checkpoint is not None:
+        from lightning_align.cli.export import export_checkpoint
+
+        export_checkpoint(options.run[0], choices[0].checkpoint, options.export)
+        print(f"wrote {options.export}")
+    return 0
+
+
+def _told(run: Path, choice: Any) -> list[str]:
+    said = [
+        f"{run}: keep step {choice.point.step} (KL {choice.point.kl:.3g}), by {choice.policy}",
+        f"  {choice.reason}",
+    ]
+    if choice.gold is not None:
+        what = "predicted gain of gold" if choice.gain else "gold"
+        said.append(f"  {what}: {choice.gold.estimate:.3f} ({choice.gold.low:.3f} to {choice.gold.high:.3f})")
+    if choice.checkpoint is not None:
+        said.append(f"  checkpoint: {choice.checkpoint}")
+    return said
+
+
+def _row(run: Path, choice: Any) -> Mapping[str, Any]:
+    gold = choice.gold
+    return {
+        "run": str(run),
+        "policy": choice.policy,
+        "step": choice.point.step,
+        "kl": choice.point.kl,
+        "checkpoint": None if choice.checkpoint is None else str(choice.checkpoint),
+        "checkpoint_step": choice.checkpoint_step,
+        "gold": None if gold is None else {"value": gold.estimate, "ci": [gold.low, gold.high], "gain": choice.gain},
+        "reason": choice.reason,
+    }
