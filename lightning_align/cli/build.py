@@ -61,6 +61,12 @@ class AlignCLI(LightningCLI):
             default=50,
             help="Write last.ckpt every so many optimiser steps (offline methods) or iterations (online methods).",
         )
+        parser.add_argument(
+            "--run.keep_every",
+            type=int,
+            default=0,
+            help="Keep the weights for the lab every so many steps; online methods keep them at each evaluation anyway.",
+        )
         parser.add_argument("--resume", action="store_true", help="Continue the run of this name, bit for bit.")
         parser.add_argument("--overwrite", action="store_true", help="Delete the run of this name and start again.")
         parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print sizes and memory, then stop.")

@@ -194,6 +194,7 @@ def fit_trainer(cli: AlignCLI, run: RunDirectory, stop: StopRequest, facts: Mapp
         config=cli.config_text(),
         facts=facts,
         every=config.run.checkpoint_every,
+        keep_every=config.run.keep_every,
         label=module.checkpoint_label,
         stop=stop,
     )

@@ -16,9 +16,12 @@ from lightning_align.run.directory import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
 
 SCORES = ("proxy", "gold", "heldout", "win_rate")
 FIELDS = ("step", "kl", *SCORES, "kl_se", *(f"{score}_se" for score in SCORES))
+EPISODES = "episode"  # column: answers that the policy has given in training so far
 STEP_COLUMNS = ("step", "iteration", "global_step")
+MEASURED_FILE = "measured.jsonl"  # what was measured of a run's checkpoints afterwards, and its table
+MEASURED_TABLE = "measured.csv"
 ENOUGH_EVALUATIONS = 4  # fewer evaluations than this give way to the training iterations, if those are more
-CHECKPOINT_NAME = re.compile(r"step=(\d+)-kl=(-?[\d.]+|nan|inf)\.ckpt")
+CHECKPOINT_NAME = re.compile(r"step=(\d+)(?:-kl=(-?[\d.]+|nan|inf))?\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ FAMILIES = (
     _family("plain", "rows", ""),
     Family("trl", "training iterations", {"kl": "objective/kl", "proxy": "objective/scores"}),
 )
+MEASURED = _family("measured", "checkpoints measured on held-out prompts", "")
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,20 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
 
     Args:
         path: Run directory or CSV file.
-        source: ``eval``, ``train``, ``plain``, ``trl``, or ``auto`` for the first of them that the file has.
-        columns: Own column names for :data:`FIELDS`.
+        source: ``measured`` (a run's ``measured.csv``), ``eval``, ``train``, ``plain``, ``trl``, or ``auto`` for the
+            first of them that there is.
+        columns: Own column names for :data:`FIELDS`, of the file that ``source`` means.
     """
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run directory, or a CSV with columns step, kl, proxy, gold")
-    if path.is_dir() and not (path / METRICS_FILE).is_file():
-        raise UserError(_no_metrics(path))
     columns = columns or {}
-    table = Table.read(path / METRICS_FILE if path.is_dir() else path)
-    family = choose_family(table, source, columns)
+    file = curve_file(path, source)
+    table = Table.read(file)
+    if file.name == MEASURED_TABLE and path.is_dir():
+        own = {key: column for key, column in columns.items() if key != "step"}
+        family = choose_family(table, "auto", columns) if own else MEASURED
+    else:
+        family = choose_family(table, source, columns)
     points, left_out = read_points(table, family, columns.get("step"))
     if not points:
         raise UserError(f"{table.path}: no step has a number in '{family.columns['kl']}' and in a score column")
@@ -133,6 +141,20 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
         curve.status = _read_mapping(path / STATUS_FILE)
         curve.seed = curve.status.get("seed")
     return curve
+
+
+def curve_file(path: Path, source: str = "auto") -> Path:
+    """The CSV that the curve of a run (or of a CSV) is read from: what was measured goes before what was logged."""
+    if not path.is_dir():
+        return path
+    measured = path / MEASURED_TABLE
+    if source in ("auto", "measured") and measured.is_file():
+        return measured
+    if source == "measured":
+        raise UserError(f"{path} has no {MEASURED_TABLE}: lab frontier {path} --recompute makes it")
+    if not (path / METRICS_FILE).is_file():
+        raise UserError(_no_metrics(path))
+    return path / METRICS_FILE
 
 
 def _no_metrics(path: Path) -> str:
@@ -267,9 +289,21 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
 
 # ---------------------------------------------------------------------------------------------------------- beside it
 def find_checkpoints(run: Path) -> dict[int, Path]:
-    """Checkpoints kept for the lab, ``step=…-kl=….ckpt``, by step."""
+    """Checkpoints kept for the lab, ``step=…-kl=….ckpt`` or, where no KL was measured, ``step=….ckpt``, by step."""
     found = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in sorted((run / CHECKPOINTS).glob("step=*.ckpt")))
     return {int(match[1]): path for match, path in found if match}
+
+
+def read_episodes(run: Path) -> dict[int, float]:
+    """Answers that the policy had given in training by each logged step, as far as its metrics (or a CSV) say."""
+    file = run / METRICS_FILE if run.is_dir() else run
+    if not file.is_file():
+        return {}
+    table = Table.read(file)
+    if not (table.count(EPISODES) and "step" in table.header):
+        return {}
+    filled = (index for index, row in enumerate(table.rows) if row[EPISODES])
+    return {0: 0.0} | {int(table.number(index, "step")): table.number(index, EPISODES) for index in filled}
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         config: Text of ``config.yaml``.
         facts: Seed, parents and models for ``run.json``.
         every: Steps between two writes of ``last.ckpt``: optimiser steps offline, iterations online.
+        keep_every: Steps between two checkpoints to keep for the lab; 0 keeps none but those that ``label`` asks for.
         label: Asked at every boundary for the name of a checkpoint to keep, or None.
         stop: Signals received so far.
     """
@@ -49,16 +50,20 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         config: str,
         facts: Mapping[str, Any],
         every: int,
+        keep_every: int,
         label: Callable[[], str | None],
         stop: StopRequest,
     ) -> None:
         if every < 1:
             raise UserError(f"run.checkpoint_every is {every}: give at least 1")
+        if keep_every < 0:
+            raise UserError(f"run.keep_every is {keep_every}: give a number of steps, or 0 to keep none")
         self.run = run
         self.files = files
         self.config = config
         self.facts = facts
         self.every = every
+        self.keep_every = keep_every
         self.label = label
         self.stop = stop
         self.step = 0
@@ -128,6 +133,8 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
 
     def _save_labelled(self, trainer: Trainer) -> None:
         label = self.label()
+        if label is None and self.keep_every and self.step and self.step % self.keep_every == 0:
+            label = f"step={self.step:05d}"  # its KL is not known until somebody measures it
         if label is not None:
             self._save(trainer, f"{label}.ckpt", weights_only=True)  # for the lab: nothing to go on training from
 

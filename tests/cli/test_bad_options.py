@@ -157,6 +157,7 @@ RANGES: dict[str, dict[str, str]] = {
         "trainer.val_check_interval=0": "0: give batches, or a share of the epoch above 0",
         "trainer.check_val_every_n_epoch=0": "0: give at least 1",
         "run.checkpoint_every=0": "0: give at least 1",
+        "run.keep_every=-1": "-1: give a number of steps, or 0 to keep none",
     },
     "reward": {
         "model.label_smoothing=0.5": "0.5: give a probability from 0 to below 0.5",

@@ -98,7 +98,7 @@ def test_options_that_are_named_exist(page: str) -> None:
     from lightning.pytorch import Trainer
 
     known["trainer"] = set(option_names(Trainer))
-    known["run"] = {"name", "root", "wandb", "checkpoint_every"}
+    known["run"] = {"name", "root", "wandb", "checkpoint_every", "keep_every"}
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     named = re.findall(r"`(?:--)?(model|data|trainer|run)\.(\w+)", text)
     files = {("run", "json"), ("model", "safetensors")}

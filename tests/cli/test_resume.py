@@ -22,6 +22,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from lightning_align.lab.runs import find_checkpoints
 from lightning_align.playground import records
 
 DRIVER = Path(__file__).parents[1] / "methods" / "fork_driver.py"
@@ -187,6 +188,14 @@ def test_ppo_14_killed_ppo_run(place: Place) -> None:
 
 def test_pre_5_killed_sft_run(place: Place) -> None:
     place.killed_at_random(place.sft, "sft", seed=1, kills=4)
+
+
+def test_killed_dpo_run_keeps_its_checkpoints_for_the_lab(place: Place) -> None:
+    options = {**place.preference, "model": "DPOModule", "run.keep_every": 5, "trainer.max_epochs": 2}
+    place.killed_at_random(options, "dpo_kept", seed=6, kills=2)
+    steps = json.loads((place.root / "dpo_kept" / "run.json").read_text())["step"]
+    assert list(find_checkpoints(place.root / "dpo_kept")) == list(range(5, steps + 1, 5))
+    assert steps >= 15
 
 
 @pytest.mark.slow

@@ -41,10 +41,10 @@ def test_checkpoints_are_found_by_name(make_run: Callable[..., Path], peaked: di
     run = make_run(**peaked)
     for name in ("last.ckpt", ".step=00090-kl=1.000.ckpt.tmp", "step=x-kl=1.ckpt", "best.ckpt"):
         (run / "checkpoints" / name).write_bytes(b"")
-    for name in ("step=00100-kl=-0.001.ckpt", "step=00105-kl=nan.ckpt"):
+    for name in ("step=00100-kl=-0.001.ckpt", "step=00105-kl=nan.ckpt", "step=00110.ckpt"):
         (run / "checkpoints" / name).write_bytes(b"")
     found = load_curve(run).checkpoints
-    assert sorted(found) == [*range(0, 85, 5), 100, 105]
+    assert sorted(found) == [*range(0, 85, 5), 100, 105, 110]
     assert found[5] == run / "checkpoints" / f"step=00005-kl={peaked['kl'][1]:.3f}.ckpt"
 
 

@@ -126,6 +126,7 @@ def train(root: Path, name: str, *, resume: bool, kill_at: float | None, accumul
             config="tiny: true\n",
             facts={"seed": 0, "parents": []},
             every=every,
+            keep_every=4,
             label=lambda: None,
             stop=stop,
         )

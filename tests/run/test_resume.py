@@ -37,6 +37,13 @@ def test_kill_and_resume_leaves_identical_files(tmp_path: Path, seed: int, accum
     assert status["status"] == "finished"
     assert status["resumed"] >= 3
     check_checkpoint(killed / "checkpoints" / "last.ckpt")
+    kept = [f"step={step:05d}.ckpt" for step in range(4, 24, 4)]  # keep_every of the driver
+    for run in (whole, killed):
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt", *kept]
+    for name in kept:
+        first, second = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (whole, killed))
+        assert all(torch.equal(first["state_dict"][key], second["state_dict"][key]) for key in first["state_dict"])
+        assert "optimizer_states" not in second  # weights only
 
 
 def test_random_state_round_trip() -> None:
