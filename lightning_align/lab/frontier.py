@@ -1,37 +1,30 @@
-"""Methods side by side: gold over KL and over the samples that it took, of several runs of each."""
+"""Methods side by side: true score over KL and over the samples that it took, of several runs of each."""
 
 import csv
 import io
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import Estimate, student
-from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, bare, distance, style, x_axis
-from lightning_align.lab.findings import kl_text
-from lightning_align.lab.runs import Point, Table, load_curve
-from lightning_align.run.directory import METRICS_FILE
+from lightning_align.lab.figures import distance
+from lightning_align.lab.grid import cell_of
+from lightning_align.lab.measured import check_alike, read_measured
+from lightning_align.lab.runs import Point, load_curve, read_episodes
 
 Z = 1.96  # of a 95 % interval
 TOLERANCE = 1e-3  # in √KL: rounding leaves the start a little above 0
-EPISODES = "episode"  # column of an iteration: answers that the policy has given so far
-# hues that stay apart in the common forms of colour blindness (Okabe and Ito), with a dash and a mark each
-STYLES: tuple[tuple[str, Any, str], ...] = (
-    *(("#ad6f00", "solid", "o"), ("#0067a5", (0, (5, 2)), "s"), ("#9c3d7c", (0, (1, 1.5)), "^")),
-    *(("#1d7a5f", (0, (5, 1, 1, 1)), "D"), ("#5c6570", (0, (3, 1, 1, 1, 1, 1)), "v"), ("#c4461a", "solid", "P")),
-    *(("#3aa0d8", (0, (5, 2)), "X"), ("#7a5b00", (0, (1, 1.5)), "<"), ("#5a4fcf", (0, (5, 1, 1, 1)), ">")),
-    *(("#1d2126", (0, (3, 1, 1, 1, 1, 1)), "h"),),
-)
-FIELDS = ("method", "run", "step", "samples", "kl", "proxy", "gold", "gold_se")
+SEEDS = 3  # runs of a method from which on an interval is one over runs
+MOST_METHODS = 10  # in one picture
+BEST_OF_N = "best-of-n"
+SCORES = {"gold": "true score (gold)", "heldout": "held-out judge", "win_rate": "win rate", "proxy": "reward (proxy)"}
+COLUMNS = ("kl_se", "proxy", "proxy_se", "gold", "gold_se", "heldout", "heldout_se", "win_rate", "win_rate_se")
+FIELDS = ("method", "run", "step", "samples", "kl", *COLUMNS, "pareto")
 
 
 @dataclass(frozen=True)
@@ -41,26 +34,48 @@ class Track:
     Attributes:
         method: Name of its folder; runs of one name are seeds of one method.
         run: Its path.
-        points: Evaluations with a gold score, by step.
+        points: Checkpoints with the score that methods are compared by, in the order of steps.
         samples: Answers that the policy had given at each of them; NaN where it is not known.
+        score: Field of a point that methods are compared by.
+        source: Where the points come from, as :func:`~lightning_align.lab.runs.load_curve` calls it.
+        settings: How they were measured, if they were afterwards.
+        answers: Rows with ``step``, ``prompt``, ``completion`` and scores.
     """
 
     method: str
     run: Path
     points: Sequence[Point]
     samples: Sequence[float]
+    score: str = "gold"
+    source: str = "plain"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    answers: Sequence[Mapping[str, Any]] = ()
 
     @property
     def start(self) -> Point:
-        """The first evaluation."""
+        """The first checkpoint."""
         return self.points[0]
 
-    def at(self, place: Callable[["Track"], Sequence[float]], where: float) -> float:
-        """Gold where ``place`` of the points is ``where``, between neighbours; NaN where the run did not go."""
+    @property
+    def top(self) -> Point:
+        """The checkpoint with the highest score; of equals the nearest."""
+        return max(self.points, key=lambda point: (self.value(point), -distance(point)))
+
+    def value(self, point: Point) -> float:
+        """The score that methods are compared by."""
+        return float(getattr(point, self.score))
+
+    def error(self, point: Point) -> float:
+        """Its standard error over prompts."""
+        return float(getattr(point, f"{self.score}_se"))
+
+    def at(self, place: Callable[["Track"], Sequence[float]], where: float, score: str | None = None) -> float:
+        """Score where ``place`` of the points is ``where``, between neighbours; NaN where the run did not go."""
         places = np.array(place(self))
+        values = np.array([getattr(point, score or self.score) for point in self.points])
         order = np.argsort(places, kind="stable")
-        known = np.isfinite(places[order])
-        x, y = places[order][known], np.array([self.points[i].gold for i in order])[known]
+        known = np.isfinite(places[order]) & np.isfinite(values[order])
+        x, y = places[order][known], values[order][known]
         if not len(x) or not x[0] - TOLERANCE <= where <= x[-1] + TOLERANCE:
             return math.nan
         return float(np.interp(where, x, y))
@@ -76,41 +91,94 @@ def samples(track: Track) -> Sequence[float]:
     return track.samples
 
 
-def load_tracks(runs: Sequence[Path], *, columns: Mapping[str, str] | None = None) -> list[Track]:
-    """Read runs, and CSVs with these ``columns`` (see :func:`~lightning_align.lab.runs.load_curve`).
+# ---------------------------------------------------------------------------------------------------------- reading
+def load_tracks(
+    runs: Sequence[Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    source: str = "auto",
+    best_of: Sequence[Path] = (),
+) -> list[Track]:
+    """Read runs and CSVs, to be compared by gold, or where none has it by another of :data:`SCORES`.
+
+    Args:
+        runs: Run directories and CSVs.
+        columns: Of the CSVs, see :func:`~lightning_align.lab.runs.load_curve`.
+        source: Of the run directories, in the same words.
+        best_of: CSVs of best-of-n, with n in the place of the step.
 
     Raises:
-        UserError: A run has no gold score, or is given twice, or there are more methods than can be told apart.
+        UserError: A run has no score that the others have, is given twice or was measured in another way, or there are
+            more methods than can be told apart.
     """
-    tracks = []
-    for number, run in enumerate(runs):
-        if run.resolve() in [other.resolve() for other in runs[:number]]:
+    curves, places = [], [run.resolve() for run in runs]
+    for number, run in enumerate([*runs, *best_of]):
+        if run.resolve() in places[:number]:
             raise UserError(f"{run} is given twice: a run is one seed, give it once")
-        curve = load_curve(run, columns=None if run.is_dir() else columns)
-        points = [point for point in curve.points if math.isfinite(point.gold)]
-        if len(points) < 2:
-            raise UserError(
-                f"{run} has {len(points)} steps with a gold score: give runs with model.gold, evaluated twice (of a "
-                "CSV, name the column: --columns gold=NAME)"
-            )
-        episodes = _episodes(run)
-        tracks.append(Track(run.resolve().name, run, points, [episodes.get(p.step, math.nan) for p in points]))
+        options: dict[str, Any] = {"source": source} if run.is_dir() else {"columns": columns if run in runs else None}
+        curves.append((run, load_curve(run, **options)))
+    score = _common_score([curve.points for _, curve in curves[: len(runs)]])
+    tracks = []
+    for run, curve in curves:
+        points = [point for point in curve.points if math.isfinite(getattr(point, score))]
+        if not points:
+            raise UserError(_no_score(run, score))
+        episodes = read_episodes(run)
+        measured = read_measured(run) if curve.source == "measured" else []
+        answers = [{"step": row["step"], **answer} for row in measured for answer in row["answers"]]
+        track = Track(
+            BEST_OF_N if run in best_of else _method(run),
+            run,
+            points,
+            [episodes.get(point.step, math.nan) for point in points],
+            score,
+            curve.source,
+            measured[-1]["settings"] if measured else {},
+            answers or curve.samples,
+        )
+        tracks.append(track)
     names = {track.method for track in tracks}
-    if len(names) > len(STYLES):
-        raise UserError(f"{len(names)} methods in one picture: give at most {len(STYLES)}")
+    if len(names) > MOST_METHODS:
+        raise UserError(f"{len(names)} methods in one picture: give at most {MOST_METHODS}")
+    _check_measured([track for track in tracks if track.run.is_dir()])
     return tracks
 
 
-def _episodes(run: Path) -> dict[int, float]:
-    table = Table.read(run / METRICS_FILE if run.is_dir() else run)
-    found = {0: 0.0}
-    if table.count(EPISODES) and "step" in table.header:
-        for index, row in enumerate(table.rows):
-            if row[EPISODES]:
-                found[int(table.number(index, "step"))] = table.number(index, EPISODES)
-    return found
+def _method(run: Path) -> str:
+    """Stage and labels of a run of a sweep, without the seed's; else the name of the folder."""
+    cell = cell_of(run) if run.is_dir() else None
+    return run.resolve().name if cell is None else cell.method
 
 
+def _common_score(curves: Sequence[Sequence[Point]]) -> str:
+    """Gold if a run has it, else the next of :data:`SCORES` that one has."""
+    for score in SCORES:
+        if any(math.isfinite(getattr(point, score)) for points in curves for point in points):
+            return score
+    raise AssertionError("a curve has a score")
+
+
+def _no_score(run: Path, score: str) -> str:
+    if score != "gold":
+        return f"{run} has no {SCORES[score]}, which the others are compared by: give it one, or leave it out"
+    return (
+        f"{run} has no gold score: give runs with model.gold, measure it (--recompute --gold), or of a CSV name the "
+        "column (--columns gold=NAME)"
+    )
+
+
+def _check_measured(tracks: Sequence[Track]) -> None:
+    measured = {str(track.run): track.settings for track in tracks if track.source == "measured"}
+    rest = [str(track.run) for track in tracks if track.source != "measured"]
+    if measured and rest:
+        raise UserError(
+            f"{next(iter(measured))} was measured afterwards and {rest[0]} was not: give --recompute to measure all, "
+            "or --source eval to take the evaluations in training of all"
+        )
+    check_alike(measured)
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
 def by_method(tracks: Sequence[Track]) -> dict[str, list[Track]]:
     """Runs of one name together, in the order in which they were given."""
     groups: dict[str, list[Track]] = {}
@@ -120,150 +188,106 @@ def by_method(tracks: Sequence[Track]) -> dict[str, list[Track]]:
 
 
 def common_kl(tracks: Sequence[Track]) -> float:
-    """The largest KL that every run reaches."""
-    return min(max(roots(track)) for track in tracks) ** 2
+    """The largest KL that every run reaches, those of a single point left out."""
+    ends = [max(roots(track)) for track in tracks if len(track.points) > 1]
+    return min(ends, default=0.0) ** 2
 
 
 def gain(tracks: Sequence[Track], place: Callable[[Track], Sequence[float]], where: float) -> Estimate:
-    """Mean gain of gold over the start, of runs that came that far, with Student's interval over them.
+    """Mean gain of the score over the start, of runs that came that far; see :func:`over_runs` for its interval."""
+    reached = [track for track in tracks if math.isfinite(track.at(place, where)) and len(track.points) > 1]
+    errors = []
+    for track in reached:
+        nearest = track.points[int(np.nanargmin(np.abs(np.array(place(track)) - where)))]
+        errors.append(math.hypot(track.error(track.start), track.error(nearest)))
+    return over_runs([track.at(place, where) - track.value(track.start) for track in reached], errors)
 
-    Of one run the interval is over its prompts, as if the two samples of a prompt were independent; it says nothing of
-    other seeds.
+
+def over_runs(values: Sequence[float], errors: Sequence[float]) -> Estimate:
+    """Mean of runs with Student's interval over them; of fewer than :data:`SEEDS` the interval is over prompts.
+
+    The latter says nothing of other seeds.
     """
-    gains = np.array([track.at(place, where) - track.start.gold for track in tracks])
-    gains = gains[np.isfinite(gains)]
-    if len(gains) != 1 or len(tracks) > 1:
-        return student(gains)
-    (track,) = tracks
-    places = place(track)
-    nearest = track.points[int(np.nanargmin(np.abs(np.array(places) - where)))]
-    se = math.hypot(track.start.gold_se, nearest.gold_se)
-    return Estimate(float(gains[0]), float(gains[0] - Z * se), float(gains[0] + Z * se), 1, se)
+    if len(values) >= SEEDS or not values:
+        return student(np.array(values))
+    value = float(np.mean(values))
+    se = math.hypot(*errors) / len(values)
+    return Estimate(value, value - Z * se, value + Z * se, len(values), se)
 
 
 def best(tracks: Sequence[Track]) -> dict[str, Any]:
-    """The highest gold of each run on average, the KL it was at, and the gain; the highest of many is flattered."""
-    tops = [max(track.points, key=lambda point: point.gold) for track in tracks]
-    gains = student(np.array([top.gold - track.start.gold for top, track in zip(tops, tracks, strict=True)]))
-    at = [
-        dict(zip((p.step for p in t.points), t.samples, strict=True))[top.step]
-        for top, t in zip(tops, tracks, strict=True)
-    ]
-    return {
-        "gold": float(np.mean([top.gold for top in tops])),
-        "kl": float(np.mean([top.kl for top in tops])),
-        "samples": float(np.mean(at)),
-        "gain": gains.as_dict(),
+    """The highest score of each run on average, where it was, and the gain; the highest of many is flattered."""
+    tops = [(track, track.top) for track in tracks]
+    errors = [math.hypot(track.error(track.start), track.error(top)) for track, top in tops]
+    drawn = [t.samples[list(t.points).index(top)] for t, top in tops]
+    row: dict[str, Any] = {
+        tracks[0].score: float(np.mean([track.value(top) for track, top in tops])),
+        "kl": float(np.mean([top.kl for _, top in tops])),
+        "steps": [top.step for _, top in tops],
+        "samples": float(np.mean(drawn)),
+        "gain": over_runs(
+            [t.value(top) - t.value(t.start) for t, top in tops if len(t.points) > 1],
+            [error for error, (t, _) in zip(errors, tops, strict=True) if len(t.points) > 1],
+        ).as_dict(),
     }
+    for name in ("win_rate", "heldout"):
+        values = [getattr(top, name) for _, top in tops]
+        if all(map(math.isfinite, values)):
+            row[f"{name}_there"] = over_runs(values, [getattr(top, f"{name}_se") for _, top in tops]).as_dict()
+    return row
+
+
+def pareto(kl: Sequence[float], score: Sequence[float]) -> list[bool]:
+    """Which points no other beats: none has at most their KL and at least their score, one of both strictly better."""
+    order = sorted(range(len(kl)), key=lambda index: (kl[index], -score[index]))
+    kept = [False] * len(kl)
+    height, at = -math.inf, -math.inf
+    for index in order:
+        equal = score[index] == height and kl[index] == at
+        if math.isfinite(kl[index]) and (score[index] > height or equal):
+            kept[index] = True
+            height, at = score[index], kl[index]
+    return kept
+
+
+def front(tracks: Sequence[Track]) -> list[tuple[Track, Point]]:
+    """The points of all runs that no other beats, by KL."""
+    every = [(track, point) for track in tracks for point in track.points]
+    kept = pareto([distance(point) for _, point in every], [track.value(point) for track, point in every])
+    chosen = [pair for pair, keep in zip(every, kept, strict=True) if keep]
+    return sorted(chosen, key=lambda pair: distance(pair[1]))
 
 
 def summarise(tracks: Sequence[Track], kl: float, budget: float | None) -> dict[str, Any]:
-    """Every method's gain at a KL, at a number of samples where one is given, and at its best."""
+    """Every method's gain at a KL, at a number of samples where one is given, and at its best; and the front."""
     rows = {}
     for method, own in by_method(tracks).items():
-        row: dict[str, Any] = {"runs": len(own), "start": float(np.mean([track.start.gold for track in own]))}
+        row: dict[str, Any] = {
+            "runs": len(own),
+            "start": float(np.mean([track.value(track.start) for track in own])),
+            "farthest_kl": float(np.mean([max(point.kl for point in track.points) for track in own])),
+        }
         row["at_kl"] = gain(own, roots, math.sqrt(kl)).as_dict()
         if budget is not None:
             row["at_samples"] = gain(own, samples, budget).as_dict()
         row["best"] = best(own)
         rows[method] = row
-    return {"kl": kl, "samples": budget, "methods": rows}
-
-
-def headline(summary: Mapping[str, Any]) -> str:
-    """Which methods gain at the common KL, and which of them the most."""
-    known = {name: row["at_kl"] for name, row in summary["methods"].items() if row["at_kl"]["n"]}
-    if not known:
-        return f"No method reaches KL {kl_text(summary['kl'])}"
-    first = max(known, key=lambda name: known[name]["value"])
-    if len(known) == 1:
-        return f"At KL {kl_text(summary['kl'])} {first} is {known[first]['value']:+.2f} from its start"
-    sure = sum(row["ci"][0] > 0 for row in known.values())
-    return (
-        f"At KL {kl_text(summary['kl'])} {first} gains most, {known[first]['value']:+.2f}; the 95 % interval of "
-        f"{sure} of {len(known)} methods is above 0"
-    )
-
-
-def lines(summary: Mapping[str, Any]) -> list[str]:
-    """A line for each method."""
-    told = []
-    for name, row in summary["methods"].items():
-        at_kl, top = row["at_kl"], row["best"]
-        text = f"  {name} ({row['runs']} runs): at KL {kl_text(summary['kl'])} {_told(at_kl)}"
-        if "at_samples" in row:
-            text += f"; at {summary['samples']:,.0f} samples {_told(row['at_samples'])}"
-        drawn = "" if math.isnan(top["samples"]) else f" after {top['samples']:,.0f} samples"
-        told.append(f"{text}; at best {top['gain']['value']:+.3f} at KL {top['kl']:.2f}{drawn}")
-    return told
-
-
-def _told(estimate: Mapping[str, Any]) -> str:
-    if not estimate["n"]:
-        return "not reached"
-    low, high = estimate["ci"]
-    return f"{estimate['value']:+.3f}" + ("" if low != low else f" ({low:+.3f} to {high:+.3f})")
+    beyond = [
+        {"method": t.method, "run": str(t.run), "step": p.step, "kl": p.kl, t.score: t.value(p)}
+        for t, p in front(tracks)
+    ]
+    return {"score": tracks[0].score, "kl": kl, "samples": budget, "methods": rows, "pareto": beyond}
 
 
 def to_csv(tracks: Sequence[Track]) -> str:
-    """Every point."""
+    """Every point; ``pareto`` is 1 for those that no other beats."""
+    kept = {(id(track), point.step) for track, point in front(tracks)}
     out = io.StringIO(newline="")
     writer = csv.writer(out)
     writer.writerow(FIELDS)
     for track in tracks:
         for point, drawn in zip(track.points, track.samples, strict=True):
-            cells = (point.step, drawn, point.kl, point.proxy, point.gold, point.gold_se)
-            writer.writerow([track.method, track.run, *("" if cell != cell else cell for cell in cells)])
+            cells = (point.step, drawn, point.kl, *(getattr(point, name) for name in COLUMNS))
+            on_front = int((id(track), point.step) in kept)
+            writer.writerow([track.method, track.run, *("" if cell != cell else cell for cell in cells), on_front])
     return out.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------- the picture
-def draw_frontier(tracks: Sequence[Track], summary: Mapping[str, Any]) -> Figure:
-    """Gold over √KL, and over samples where they are known: a line for each method, faint ones for its runs."""
-    counted = all(math.isfinite(value) for track in tracks for value in track.samples)
-    with mpl.rc_context(style(WIDE.font)):
-        figure = Figure(figsize=(WIDE.width, 7.4 if counted else 4.6), layout="constrained")
-        axes = figure.subplots(1 + counted, 1, squeeze=False)[:, 0].tolist()
-        x_axis(axes[0], [point for track in tracks for point in track.points], WIDE)
-        _panel(axes[0], tracks, roots, "True score (gold) over KL")
-        axes[0].axvline(math.sqrt(summary["kl"]), color=COLOURS["muted"], linewidth=0.9, zorder=0)
-        if counted:
-            _panel(axes[1], tracks, samples, "True score (gold) over samples drawn")
-            axes[1].set_xlabel("answers that the policy has given in training")
-            axes[1].set_xscale("symlog", linthresh=_smallest(tracks))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
-        title = "\n".join(textwrap.wrap(headline(summary), TITLE_COLUMNS - 14))  # the legend stands beside it
-        figure.suptitle(title, x=0.012, ha="left", weight="bold", size=WIDE.font * 1.28)
-        note = "Lines: mean over runs, as far as all of a method's go; faint: each run. Upright: compared there."
-        figure.supxlabel(
-            textwrap.fill(note, SOURCE_COLUMNS), x=0.012, ha="left", size=WIDE.font * 0.8, color=COLOURS["muted"]
-        )
-    return figure
-
-
-def _smallest(tracks: Sequence[Track]) -> float:
-    """Samples up to which the axis is linear: the first evaluation after the start."""
-    return max(1.0, min((value for track in tracks for value in track.samples if value > 0), default=1.0))
-
-
-def _panel(ax: Axes, tracks: Sequence[Track], place: Callable[[Track], Sequence[float]], title: str) -> None:
-    ax.set_title(title, loc="left", size="medium", weight="bold", pad=7)
-    ax.set_ylabel("mean score")
-    bare(ax)
-    for (method, own), (colour, dash, mark) in zip(by_method(tracks).items(), STYLES, strict=False):
-        if len(own) > 1:
-            for track in own:
-                order = np.argsort(place(track), kind="stable")
-                x, y = np.array(place(track))[order], np.array([track.points[i].gold for i in order])
-                ax.plot(x, y, color=colour, alpha=0.2, linewidth=0.8, zorder=1)
-        reach = min(max(place(track)) for track in own)
-        from_all = max(min(place(track)) for track in own)
-        first = np.array(sorted(value for value in place(own[0]) if from_all - TOLERANCE <= value <= reach + 1e-9))
-        mean = np.mean(
-            [[track.at(place, min(max(value, from_all), reach)) for value in first] for track in own], axis=0
-        )
-        ax.plot(
-            first, mean, color=colour, linestyle=dash, linewidth=1.7, marker=mark, markersize=4.0,
-            markeredgecolor=COLOURS["paper"], markeredgewidth=0.4, label=method, zorder=3,
-        )  # fmt: skip
-    ax.margins(y=0.08)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,17 +14,22 @@ from scipy import stats
 from lightning_align.cli.main import run
 from lightning_align.errors import UserError
 from lightning_align.lab.frontier import (
+    Track,
     best,
     common_kl,
-    draw_frontier,
+    front,
     gain,
-    headline,
     load_tracks,
+    over_runs,
+    pareto,
     roots,
     samples,
     summarise,
     to_csv,
 )
+from lightning_align.lab.frontier_figures import Panel, draw_frontier, mean_curve, panels
+from lightning_align.lab.frontier_words import headline
+from lightning_align.lab.runs import Point
 
 STEPS = (0, 2, 4, 6)
 
@@ -37,6 +43,11 @@ def made(folder: Path, gold: list[float], *, kl: tuple[float, ...] = (0.0, 0.25,
     lines += [f"{s},,,,{k},{s / 10},{g},{se}" for s, k, g in zip(STEPS, kl, gold, strict=True)]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def drawn(tracks: list[Track], kl: float = 1.0) -> list[Any]:
+    """The panels of the picture, without the legend."""
+    return draw_frontier(tracks, summarise(tracks, kl, None)).axes[1:]
 
 
 @pytest.fixture
@@ -113,15 +124,15 @@ def test_every_point_is_in_the_table(runs: list[Path]) -> None:
 
 def test_the_picture_has_a_line_for_each_method_and_faint_ones_for_seeds(runs: list[Path]) -> None:
     tracks = load_tracks(runs)
-    figure = draw_frontier(tracks, summarise(tracks, 1.0, None))
-    over_kl = figure.axes[0].get_lines()
+    axes = drawn(tracks)
+    over_kl = [line for line in axes[0].get_lines() if line.get_gid() != "pareto"]
     assert [line.get_label() for line in over_kl if not line.get_label().startswith("_")] == ["rest", "ppo"]
     (mean,) = (line for line in over_kl if line.get_label() == "rest")
     assert mean.get_xdata() == pytest.approx([0.0, 0.5, 1.0, 2.0])
     assert mean.get_ydata() == pytest.approx([0.5, 0.7, 1.0, 0.5])
     assert sum(line.get_alpha() == 0.2 for line in over_kl) == 3
-    assert len(figure.axes) == 2
-    assert figure.axes[1].xaxis.get_transform().linthresh == 16  # linear up to the first evaluation after the start
+    assert len(axes) == 3  # over KL, samples and reward
+    assert axes[1].xaxis.get_transform().linthresh == 16  # linear up to the first evaluation after the start
 
 
 def test_the_sample_axis_is_linear_up_to_the_first_evaluation(tmp_path: Path) -> None:
@@ -129,13 +140,11 @@ def test_the_sample_axis_is_linear_up_to_the_first_evaluation(tmp_path: Path) ->
     table = (run_of_two / "metrics.csv").read_text().replace("1,8,", "1,80,").replace("2,16,", "2,160,")
     (run_of_two / "metrics.csv").write_text(table)
     tracks = load_tracks([run_of_two])
-    figure = draw_frontier(tracks, summarise(tracks, 1.0, None))
-    assert figure.axes[1].xaxis.get_transform().linthresh == min(value for value in tracks[0].samples if value > 0)
+    assert drawn(tracks)[1].xaxis.get_transform().linthresh == min(value for value in tracks[0].samples if value > 0)
 
 
 def test_from_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [word for path in runs[1:] for word in ("--against", str(path))]
-    assert run(["lab", "frontier", str(runs[0]), *words, "--out", str(tmp_path / "out"), "--kl", "1"]) == 0
+    assert run(["lab", "frontier", *map(str, runs), "--out", str(tmp_path / "out"), "--kl", "1"]) == 0
     said = capsys.readouterr().out
     assert "At KL 1.0 rest gains most, +0.50" in said
     assert "ppo (1 runs): at KL 1.0 +0.300 (+0.161 to +0.439); at best +0.400 at KL 2.25 after 48 samples" in said
@@ -144,16 +153,17 @@ def test_from_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_csv_of_another_trainer_has_no_samples_and_one_panel(tmp_path: Path) -> None:
+def test_a_csv_of_another_trainer_has_no_samples(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,kl,proxy,gold\n0,0,0,1\n1,1,1,2\n")
     tracks = load_tracks([tmp_path / "log.csv"])
-    assert len(draw_frontier(tracks, summarise(tracks, 1.0, None)).axes) == 1
+    assert [panel.over for panel in panels(tracks)] == ["kl", "proxy"]
 
 
 def test_columns_of_another_trainer_and_one_method_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trl.csv").write_text("step,objective/kl,objective/scores,judge\n0,0,0,2\n1,1,1,1.5\n")
     words = ["lab", "frontier", str(tmp_path / "trl.csv"), "--out", str(tmp_path / "out")]
-    assert run(words) == 2
+    other = str(made(tmp_path / "with", [0.0, 1.0, 2.0, 3.0]))
+    assert run([*words[:2], other, *words[2:]]) == 2
     assert "--columns gold=NAME" in capsys.readouterr().err
     assert run([*words, "--columns", "kl=objective/kl", "gold=judge"]) == 0
     said = capsys.readouterr().out
@@ -162,9 +172,9 @@ def test_columns_of_another_trainer_and_one_method_alone(tmp_path: Path, capsys:
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "log.csv").write_text("step,kl,proxy,gold\n0,0,0,1\n1,1,1,\n")
-    with pytest.raises(UserError, match="has 1 steps with a gold score"):
-        load_tracks([tmp_path / "log.csv"])
+    (tmp_path / "log.csv").write_text("step,kl,proxy\n0,0,0\n1,1,1\n")
+    with pytest.raises(UserError, match=r"log\.csv has no gold score"):
+        load_tracks([made(tmp_path / "judged", [0.0, 1.0, 2.0, 3.0]), tmp_path / "log.csv"])
     with pytest.raises(UserError, match="is given twice"):
         load_tracks([made(tmp_path / "twice", [0.0, 1.0, 2.0, 3.0]), tmp_path / "other" / ".." / "twice"])
     many = [made(tmp_path / f"m{i}", [0.0, 1.0, 2.0, 3.0]) for i in range(11)]
@@ -174,3 +184,121 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "--kl is -1: give a number above 0" in capsys.readouterr().err
     assert run(["lab", "frontiers"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- the front
+def test_the_front_is_what_no_other_point_beats() -> None:
+    generator = np.random.default_rng(3)
+    for _ in range(200):
+        count = int(generator.integers(1, 12))
+        kl, score = (generator.integers(0, 6, count).astype(float) for _ in range(2))  # many ties
+        score[generator.random(count) < 0.1] = np.nan
+        beaten = [
+            any(
+                kl[j] <= kl[i] and score[j] >= score[i] and (kl[j] < kl[i] or score[j] > score[i])
+                for j in range(count)
+                if not np.isnan(score[j])
+            )
+            for i in range(count)
+        ]
+        expected = [not b and not np.isnan(s) for b, s in zip(beaten, score, strict=True)]
+        assert pareto(kl.tolist(), score.tolist()) == expected
+
+
+def test_the_front_is_over_all_runs_and_marked_in_table_json_and_picture(runs: list[Path]) -> None:
+    tracks = load_tracks(runs)
+    found = [(str(track.run), point.step) for track, point in front(tracks)]
+    # KL 0: 0.6 of the second; KL 0.25: 0.7 of all three seeds; KL 1: 1.1 of the third
+    assert found == [(str(runs[1]), 0), *((str(run), 2) for run in runs[:3]), (str(runs[2]), 4)]
+    rows = list(csv.DictReader(io.StringIO(to_csv(tracks))))
+    assert [(row["run"], int(row["step"])) for row in rows if row["pareto"] == "1"] == sorted(
+        found, key=lambda pair: (list(map(str, runs)).index(pair[0]), pair[1])
+    )
+    told = summarise(tracks, 1.0, None)["pareto"]
+    assert [(entry["run"], entry["step"]) for entry in told] == found
+    (line,) = (line for line in drawn(tracks)[0].get_lines() if line.get_gid() == "pareto")
+    assert list(line.get_ydata()) == [0.6, 0.7, 0.7, 0.7, 1.1, 1.1]  # to the edge at the end
+    assert line.get_drawstyle() == "steps-post"
+
+
+# ---------------------------------------------------------------------------------------------------------- the bands
+def over_kl(score: str = "gold") -> Panel:
+    return Panel(score, roots, "kl", "")
+
+
+def test_a_band_is_over_seeds_from_three_runs_on_else_over_prompts(runs: list[Path]) -> None:
+    tracks = load_tracks(runs)
+    x, mean, low, high = mean_curve(tracks[:3], over_kl())
+    assert x == pytest.approx([0.0, 0.5, 1.0, 2.0])
+    at_one = np.array([1.0, 0.9, 1.1])
+    reach = stats.t.ppf(0.975, 2) * at_one.std(ddof=1) / math.sqrt(3)
+    assert (mean[2], low[2], high[2]) == pytest.approx((1.0, 1.0 - reach, 1.0 + reach))
+    _, mean, low, high = mean_curve(tracks[:2], over_kl())
+    assert (mean[2], high[2] - mean[2]) == pytest.approx((0.95, 1.96 * 0.05 / math.sqrt(2)))
+    assert over_runs([1.0, 3.0], [0.3, 0.4]).se == pytest.approx(0.25)
+
+
+def test_two_runs_are_drawn_where_both_are(tmp_path: Path) -> None:
+    tracks = [
+        Track("a", tmp_path / "1", [Point(0, 0.0, gold=0.0), Point(1, 4.0, gold=2.0)], [math.nan] * 2),
+        Track("a", tmp_path / "2", [Point(0, 1.0, gold=3.0), Point(1, 9.0, gold=5.0)], [math.nan] * 2),
+    ]
+    x, mean, low, _ = mean_curve(tracks, over_kl())
+    assert (x.tolist(), mean.tolist()) == ([2.0], [3.0])  # (2 + 4) / 2
+    assert np.isnan(low).all()  # no errors are known
+    assert len(drawn(tracks, 4.0)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- odd runs
+def test_one_point_alone_is_drawn_and_told(tmp_path: Path) -> None:
+    (tmp_path / "dpo.csv").write_text("step,kl,proxy,gold,gold_se\n9,1.5,1,2,0.1\n")
+    tracks = load_tracks([tmp_path / "dpo.csv", made(tmp_path / "ppo", [0.5, 0.7, 1.0, 0.4])])
+    assert common_kl(tracks) == 4.0  # one point says not how far a method goes
+    summary = summarise(tracks, 1.0, None)
+    assert summary["methods"]["dpo.csv"]["at_kl"]["n"] == 0
+    assert summary["methods"]["dpo.csv"]["best"]["gold"] == 2.0
+    (line,) = (line for line in drawn(tracks)[0].get_lines() if line.get_label() == "dpo.csv")
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([pytest.approx(math.sqrt(1.5))], [2.0])
+    assert headline(summarise(tracks[:1], 1.0, None)) == "No method reaches KL 1.0"
+    assert drawn(tracks[:1])
+
+
+def test_numbers_that_are_missing_and_kl_below_zero(tmp_path: Path) -> None:
+    text = "step,kl,proxy,gold,win_rate\n0,-0.001,0,1,0.5\n1,nan,1,9,0.5\n2,1,,2,\n3,4,2,nan,0.8\n4,9,3,1.5,0.7\n"
+    (tmp_path / "log.csv").write_text(text)
+    (track,) = load_tracks([tmp_path / "log.csv"])
+    assert [point.step for point in track.points] == [0, 2, 4]
+    assert roots(track) == [0.0, 1.0, 3.0]
+    assert [(panel.score, panel.over) for panel in panels([track])] == [
+        ("gold", "kl"),
+        ("gold", "proxy"),
+        ("win_rate", "kl"),
+    ]
+    x, mean, _, _ = mean_curve([track], over_kl("win_rate"))
+    assert (x.tolist(), mean.tolist()) == ([0.0, 3.0], [0.5, 0.7])
+    assert len(drawn([track])) == 3
+    assert "nan" not in to_csv([track])
+
+
+def test_kl_that_only_falls(tmp_path: Path) -> None:
+    tracks = load_tracks([made(tmp_path / "back", [2.0, 1.5, 1.0, 0.5], kl=(4.0, 1.0, 0.25, 0.01))])
+    x, mean, _, _ = mean_curve(tracks, over_kl())
+    assert (x.tolist(), mean.tolist()) == ([pytest.approx(0.1), 0.5, 1.0, 2.0], [0.5, 1.0, 1.5, 2.0])
+    assert drawn(tracks)
+
+
+def test_without_gold_the_next_score_counts(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,kl,proxy,win_rate,win_rate_se\n0,0,0,0.5,0.01\n1,1,1,0.6,0.02\n")
+    tracks = load_tracks([tmp_path / "log.csv"])
+    summary = summarise(tracks, 1.0, None)
+    assert summary["score"] == "win_rate"
+    assert summary["methods"]["log.csv"]["at_kl"]["value"] == pytest.approx(0.1)
+    assert [panel.over for panel in panels(tracks)] == ["kl", "proxy"]
+
+
+def test_best_of_n_is_a_track_of_its_own(tmp_path: Path, runs: list[Path]) -> None:
+    (tmp_path / "best_of.csv").write_text("step,kl,proxy,proxy_se,gold,gold_se\n1,0,0,0,0.5,0.1\n2,0.19,1,0,0.8,0.1\n")
+    tracks = load_tracks(runs, best_of=[tmp_path / "best_of.csv"])
+    assert tracks[-1].method == "best-of-n"
+    assert [point.step for point in tracks[-1].points] == [1, 2]
+    assert (tracks[-1].run, 2) in [(track.run, point.step) for track, point in front(tracks)]

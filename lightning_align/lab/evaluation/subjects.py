@@ -51,7 +51,7 @@ def read_subject(argument: str, source: str | None = None) -> Subject:
     if resolved.kind == "architecture":
         raise UserError(f"--model {argument} is an architecture, not a trained model: give a run, a folder or a hub id")
     run = run_of(argument)
-    return Subject(argument, source, {} if run is None else _settings(run), _is_reward(resolved))
+    return Subject(argument, source, {} if run is None else recorded_options(run), _is_reward(resolved))
 
 
 def _is_reward(resolved: ModelSource) -> bool:
@@ -82,7 +82,7 @@ def is_checkpoint(argument: str) -> bool:
     return path.is_file() and path.suffix == ".ckpt" and path.parent.name == CHECKPOINTS
 
 
-def _settings(run: Path) -> dict[str, Any]:
+def recorded_options(run: Path) -> dict[str, Any]:
     """``model.init_args`` of a run's configuration."""
     file = run / CONFIG_FILE
     try:

@@ -1,0 +1,50 @@
+"""What the frontier of several runs says, in words."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_align.lab.findings import kl_text
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Which methods gain at the common KL, and which of them the most."""
+    known = {name: row["at_kl"] for name, row in summary["methods"].items() if row["at_kl"]["n"]}
+    if not known:
+        return f"No method reaches KL {kl_text(summary['kl'])}"
+    first = max(known, key=lambda name: known[name]["value"])
+    if len(known) == 1:
+        return f"At KL {kl_text(summary['kl'])} {first} is {known[first]['value']:+.2f} from its start"
+    sure = sum(row["ci"][0] > 0 for row in known.values())
+    return (
+        f"At KL {kl_text(summary['kl'])} {first} gains most, {known[first]['value']:+.2f}; the 95 % interval of "
+        f"{sure} of {len(known)} methods is above 0"
+    )
+
+
+def lines(summary: Mapping[str, Any]) -> list[str]:
+    """A line for each method."""
+    told = []
+    for name, row in summary["methods"].items():
+        at_kl, top = row["at_kl"], row["best"]
+        text = f"  {name} ({row['runs']} runs): at KL {kl_text(summary['kl'])} {told_gain(at_kl)}"
+        if "at_samples" in row:
+            text += f"; at {summary['samples']:,.0f} samples {told_gain(row['at_samples'])}"
+        if top["gain"]["n"]:
+            drawn = "" if math.isnan(top["samples"]) else f" after {top['samples']:,.0f} samples"
+            text += f"; at best {top['gain']['value']:+.3f} at KL {top['kl']:.2f}{drawn}"
+        else:
+            text += f"; one point, {summary['score']} {top[summary['score']]:.3f} at KL {top['kl']:.2f}"
+        if "win_rate_there" in top:
+            text += f", where it wins {top['win_rate_there']['value']:.0%}"
+        told.append(text)
+    return told
+
+
+def told_gain(estimate: Mapping[str, Any], digits: int = 3) -> str:
+    """A gain with its interval."""
+    if not estimate["n"]:
+        return "not reached"
+    low, high = estimate["ci"]
+    ends = "" if low != low else f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{estimate['value']:+.{digits}f}{ends}"
