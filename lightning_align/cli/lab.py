@@ -9,6 +9,7 @@ SUMMARIES = {
     "frontier": "true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)",
     "claims": "claims of the field against the runs of sweeps: effect, interval, verdict (PNG, JSON)",
     "leaderboard": "all methods at the same KL and sample budget (HTML, PNG, JSON, CSV)",
+    "report": "one page of everything, for a run or for pipelines (HTML)",
     "select": "which checkpoint to keep, why, and what each policy would have cost (JSON, PNG)",
 }  # by command; lab_NAME.py has its main
 

@@ -12,6 +12,7 @@ import lightning_align
 from lightning_align.cli.stages import Pipeline, Stage
 from lightning_align.run.directory import STATUS_FILE, find_parents, is_run, read_status
 
+RESULTS = {"select": "selection.json", "report": "report.html"}  # of lab commands; of others NAME.json
 WHOLE_FILE_BYTES = 64 * 2**20  # smaller inputs are compared by content, larger ones by size and time
 
 
@@ -20,7 +21,7 @@ def decide(pipeline: Pipeline, stage: Stage, *, forced: bool) -> str:
     before = pipeline.states().get(stage.name, {})
     unchanged = before.get("inputs") == fingerprint(pipeline, stage)
     if stage.lab is not None:
-        done = before.get("finished") and (stage.folder / f"{stage.lab}.json").exists()
+        done = before.get("finished") and (stage.folder / RESULTS.get(stage.lab, f"{stage.lab}.json")).exists()
         return "skip" if unchanged and done and not forced else "run"
     if stage.out is not None:
         if stage.out.exists():

@@ -1,7 +1,7 @@
 """The runs of a pipeline with axes, each with its labels."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,17 @@ def load_grid(folder: Path) -> list[Cell]:
     if not cells:
         raise UserError(f"{folder}: no stage has finished yet")
     return cells
+
+
+def expand(places: Sequence[Path], wanted: Callable[[Path], bool]) -> list[Path]:
+    """Runs and files as they are, and for a pipeline's folder those of its finished runs that are ``wanted``."""
+    found: list[Path] = []
+    for place in places:
+        if (place / STATE_FILE).is_file():
+            found += [cell.run for cell in load_grid(place) if wanted(cell.run)]
+        else:
+            found.append(place)
+    return found
 
 
 def cell_of(run: Path) -> Cell | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import Estimate, student
-from lightning_align.lab.grid import STATE_FILE, cell_of, load_grid
+from lightning_align.lab.grid import cell_of, expand
 from lightning_align.lab.measured import check_alike, read_measured
 from lightning_align.lab.runs import read_episodes
 from lightning_align.run.directory import read_status
@@ -62,12 +62,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: There is none.
     """
-    runs: list[Path] = []
-    for place in places:
-        if (place / STATE_FILE).is_file():
-            runs += [cell.run for cell in load_grid(place) if read_measured(cell.run)]
-        else:
-            runs.append(place)
+    runs = expand(places, lambda run: bool(read_measured(run)))
     if not runs:
         raise UserError(
             f"no run in {', '.join(map(str, places))} has measured checkpoints: run lab frontier --recompute first"

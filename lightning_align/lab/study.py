@@ -1,0 +1,279 @@
+"""All that the lab can say of the runs of pipelines, part by part, for one page.
+
+A part whose measurements are missing says which command makes them; none is left out in silence.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lightning_align.errors import UserError
+from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page
+from lightning_align.lab.analysis import Analysis, analyse
+from lightning_align.lab.claims import assess, from_scaling
+from lightning_align.lab.claims import headline as claims_headline
+from lightning_align.lab.claims_file import read_claims
+from lightning_align.lab.claims_page import sections as claims_sections
+from lightning_align.lab.evaluation.intervals import Estimate
+from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
+from lightning_align.lab.findings import conclude, kl_text, number
+from lightning_align.lab.frontier import common_kl, load_tracks, summarise
+from lightning_align.lab.grid import Cell, load_grid
+from lightning_align.lab.page import table
+from lightning_align.lab.regret import regrets
+from lightning_align.lab.report import answers
+from lightning_align.lab.runs import Curve, load_curve
+
+SCALING_FILE = "scaling.json"
+MOST_PICTURES = 12  # of over-optimisation, one a method
+FEWEST_POINTS = 2  # with a true score, of a run that takes part
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the page: its name in the list of contents, what it found in a line, and its HTML."""
+
+    name: str
+    headline: str
+    html: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of pipelines.
+
+    Attributes:
+        folders: Of the pipelines.
+        cells: Their finished runs.
+        curves: Those with a true score over KL, with their runs, by method.
+    """
+
+    folders: Sequence[Path]
+    cells: Sequence[Cell]
+    curves: Mapping[str, Sequence[tuple[Cell, Curve]]]
+
+    @property
+    def runs(self) -> list[Path]:
+        """The runs with a true score over KL."""
+        return [cell.run for own in self.curves.values() for cell, _ in own]
+
+
+def load_study(folders: Sequence[Path]) -> Study:
+    """Read the finished runs of pipelines; of several pipelines methods are told apart by the folder's name.
+
+    Raises:
+        UserError: A folder is none of a pipeline, or holds no finished run.
+    """
+    cells: list[Cell] = []
+    curves: dict[str, list[tuple[Cell, Curve]]] = {}
+    for folder in folders:
+        own = load_grid(folder)
+        cells += own
+        for cell in own:
+            curve = _curve(cell.run)
+            if curve is not None:
+                method = f"{folder.name}: {cell.method}" if len(folders) > 1 else cell.method
+                curves.setdefault(method, []).append((cell, curve))
+    return Study(folders, cells, curves)
+
+
+def _curve(run: Path) -> Curve | None:
+    """Of a run that measured a true score at two checkpoints or more; None of others, such as pre-training."""
+    try:
+        curve = load_curve(run)
+    except UserError:
+        return None
+    return curve if sum(math.isfinite(point.gold) for point in curve.points) >= FEWEST_POINTS else None
+
+
+def parts(study: Study, *, kl: float, claims: Path | None) -> list[Part]:
+    """Every part of the page, in the order in which one reads it."""
+    found = [_guarded("Frontier", lambda: frontier_part(study))]
+    found.append(_guarded("Over-optimisation", lambda: overopt_part(study)))
+    found.append(_guarded("When to stop", lambda: select_part(study)))
+    found.append(_guarded("Scaling", lambda: scaling_part(study)))
+    found.append(_guarded("Leaderboard", lambda: leaderboard_part(study, kl)))
+    found.append(_guarded("Claims", lambda: claims_part(study, claims)))
+    found.append(runs_part(study))
+    return found
+
+
+def _guarded(name: str, build: Callable[[], Part]) -> Part:
+    """A part, or in its place why there is none."""
+    try:
+        return build()
+    except UserError as error:
+        reason = str(error)
+        return Part(name, f"not here: {reason}", [f'<p class="note">{escape(reason)}</p>'])
+
+
+def frontier_part(study: Study) -> Part:
+    """Gold over KL, samples and proxy of all methods."""
+    tracks = load_tracks(_needed(study.runs))
+    summary = summarise(tracks, common_kl(tracks), None)
+    return Part("Frontier", frontier_words.headline(summary), frontier_page.sections(tracks, summary))
+
+
+def _needed(runs: Sequence[Path]) -> Sequence[Path]:
+    if not runs:
+        raise UserError(
+            "no run has a true score at two checkpoints: give the runs model.gold, or lab frontier --recompute"
+        )
+    return runs
+
+
+def overopt_part(study: Study) -> Part:
+    """Proxy and gold over KL of one run of each method, with the fit, and what the model said on the way."""
+    _needed(study.runs)
+    html: list[str] = []
+    kinds: list[str] = []
+    for number_, (method, own) in enumerate(study.curves.items()):
+        cell, curve = own[0]
+        analysis = analyse(curve)
+        finding = conclude(analysis)
+        kinds.append(f"{method}: {finding.headline[0].lower()}{finding.headline[1:]}")
+        if number_ >= MOST_PICTURES:
+            continue
+        opened = " open" if number_ == 0 else ""
+        text = " ".join(finding.sentences)
+        html.append(
+            f"<details{opened}><summary><h3>{escape(method)}: {escape(finding.headline)}</h3></summary>"
+            f"{_picture(analysis, f'o{number_}')}<p>{escape(text)}</p>{answers(analysis)}"
+            f'<p class="note"><code>{escape(str(cell.run))}</code></p></details>'
+        )
+    if len(study.curves) > MOST_PICTURES:
+        html.append(f'<p class="note">{len(study.curves) - MOST_PICTURES} more methods are in the table of runs.</p>')
+    return Part("Over-optimisation", kinds[0], html)
+
+
+def _picture(analysis: Analysis, name: str) -> str:
+    finding = conclude(analysis)
+    pictures = "".join(
+        svg(draw(analysis, finding, layout, with_title=False), kind, escape(finding.headline), prefix=f"{name}{kind}")
+        for kind, layout in (("wide", WIDE), ("narrow", NARROW))
+    )
+    return f"<figure>{pictures}<figcaption>{escape(source_line(analysis))}</figcaption></figure>"
+
+
+def select_part(study: Study) -> Part:
+    """What each policy for stopping gives away, over all runs with a true score; none but ``gold`` sees it."""
+    found, silent = regrets([curve for own in study.curves.values() for _, curve in own])
+    if not found:
+        raise UserError("no policy could choose a checkpoint of any run: lab select RUN says why")
+    rows = [
+        [escape(row.policy), number(row.mean.value, 3), _ends(row.mean), str(len(row.values))]
+        for row in sorted(found, key=lambda row: row.mean.value)
+    ]
+    least = min((row for row in found if row.policy != "gold"), key=lambda row: row.mean.value, default=found[0])
+    told = f"without a true score {least.policy} gives away least, {number(least.mean.value)} on average"
+    head = ["policy", "mean regret", "95 % interval", "runs"]
+    caption = "Regret: highest true score of a run minus that of the checkpoint that the policy keeps"
+    note = "".join(f" {policy}: {reason}." for policy, reason in silent.items())
+    about = "gold is judged by the scores it chose by, and flattered. last is what one keeps without choosing."
+    return Part("When to stop", told, [table(caption, head, rows), f'<p class="note">{escape(about + note)}</p>'])
+
+
+def _ends(estimate: Estimate) -> str:
+    return f"{number(estimate.low, 3)} to {number(estimate.high, 3)}" if math.isfinite(estimate.low) else "–"
+
+
+def scaling_part(study: Study) -> Part:
+    """The claims of scaling laws and their pictures, as ``lab scaling`` wrote them."""
+    folder = next((folder for folder in study.folders if (folder / SCALING_FILE).is_file()), None)
+    if folder is None:
+        raise UserError(
+            f"no {SCALING_FILE} in {', '.join(map(str, study.folders))}: run lab scaling on a sweep's folder"
+        )
+    content = _json(folder / SCALING_FILE)
+    rows = [
+        [
+            escape(str(row["claim"])),
+            f'<span class="verdict {escape(str(row["verdict"]))}">{escape(str(row["verdict"]))}</span>',
+            _estimate(row),
+            f'<div class="claim"><small>{escape(str(row["reason"]))}</small></div>',
+        ]
+        for row in content["claims"]
+    ]
+    pictures = [_image(path) for path in sorted(folder.glob("scaling*.png"))]
+    told = ", ".join(f"{row['claim']} {row['verdict']}" for row in content["claims"])
+    return Part(
+        "Scaling",
+        told,
+        [table("Claims of scaling laws", ["claim", "verdict", "estimate", "why"], rows, words=4), *pictures],
+    )
+
+
+def _estimate(row: Mapping[str, Any]) -> str:
+    if row["estimate"] is None:
+        return "–"
+    low, high = (math.nan if end is None else float(end) for end in row["ci"])
+    return f"{number(float(row['estimate']))} ({number(low)} to {number(high)})"
+
+
+def leaderboard_part(study: Study, kl: float) -> Part:
+    """All methods within one KL."""
+    places = leaderboard.find_runs(study.folders)
+    entries = leaderboard.load_entries(places, kl=kl, samples=math.inf)
+    rows = leaderboard.board(entries)
+    html = leaderboard_page.sections(rows, entries, leaderboard.note(entries, kl, math.inf))
+    return Part("Leaderboard", leaderboard.headline(rows, kl), html)
+
+
+def claims_part(study: Study, path: Path | None) -> Part:
+    """Claims of the field against these runs."""
+    if path is None:
+        raise UserError("no claims were given: --claims FILE (docs/claims.md)")
+    laws: dict[str, Any] = {}
+    for folder in study.folders:
+        if (folder / SCALING_FILE).is_file():
+            laws |= {str(row["claim"]): row for row in _json(folder / SCALING_FILE)["claims"]}
+    results = [
+        from_scaling(claim, laws) if claim.scaling else assess(claim, study.cells) for claim in read_claims(path)
+    ]
+    return Part("Claims", claims_headline(results), claims_sections(results))
+
+
+def runs_part(study: Study) -> Part:
+    """Every run, with what it ended at and the time it took."""
+    golds = {cell.run: curve for own in study.curves.values() for cell, curve in own}
+    rows = [[escape(cell.method), _labels(cell), *_end(golds.get(cell.run)), _seconds(cell)] for cell in study.cells]
+    total = sum(cell.seconds for cell in study.cells if math.isfinite(cell.seconds))
+    head = ["stage", "run", "KL at the end", "reward", "true score", "highest", "seconds"]
+    told = f"{len(study.cells)} runs, {total / 60:.0f} minutes of training"
+    return Part("Runs", told, [table("All finished runs", head, rows, words=2)])
+
+
+def _labels(cell: Cell) -> str:
+    return f"<code>{escape(','.join(f'{axis}={label}' for axis, label in cell.axes.items()) or cell.run.name)}</code>"
+
+
+def _seconds(cell: Cell) -> str:
+    return f"{cell.seconds:.0f}" if math.isfinite(cell.seconds) else "–"
+
+
+def _end(curve: Curve | None) -> Iterable[str]:
+    if curve is None:
+        return ["–"] * 4
+    last = curve.points[-1]
+    best = max(point.gold for point in curve.points if math.isfinite(point.gold))
+    return [kl_text(last.kl), number(last.proxy), number(last.gold), number(best)]
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): make it again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
+        raise UserError(f"{path} has no list of claims: make it again")
+    return content

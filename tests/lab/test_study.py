@@ -1,0 +1,100 @@
+"""One page for the runs of a pipeline: each part is there or says what is missing, and nothing in it can run."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_align.cli.main import run as command
+from lightning_align.lab.study import load_study, parts
+
+ATTACK = "<script>alert('x')</script>"
+CLAIMS = """
+claims:
+  - {name: c, hypothesis: "a <b>", source: s, measure: best_gold, a: ppo, b: dpo}
+"""
+
+
+@pytest.fixture
+def study(make_run: Callable[..., Path], peaked: dict[str, list[float]], tmp_path: Path) -> Path:
+    """A pipeline with two methods over two seeds, and a stage without a curve."""
+    folder, states = tmp_path / "study", {}
+    for stage, lift in (("ppo", 0.0), ("dpo", 0.3)):
+        for seed in range(2):
+            gold = [value + lift * (index > 0) for index, value in enumerate(peaked["gold"])]
+            made = make_run(f"{stage}{seed}", **{**peaked, "gold": gold}, prompts=[ATTACK], completions=[ATTACK])
+            name = f"{stage}/seed={seed}"
+            (folder / stage).mkdir(parents=True, exist_ok=True)
+            shutil.move(made, folder / name)
+            states[name] = {"stage": stage, "axes": {"seed": str(seed)}, "finished": True, "seconds": 90.0}
+    sft = folder / "sft"
+    sft.mkdir()
+    (sft / "run.json").write_text(json.dumps({"status": "finished"}))
+    (sft / "metrics.csv").write_text("step,loss\n0,2\n1,1\n")
+    states["sft"] = {"finished": True, "seconds": 60.0}
+    (folder / "pipeline.json").write_text(json.dumps(states))
+    return folder
+
+
+def test_runs_with_a_true_score_take_part(study: Path) -> None:
+    loaded = load_study([study])
+    assert {method: len(own) for method, own in loaded.curves.items()} == {"ppo": 2, "dpo": 2}
+    assert len(loaded.cells) == 5
+
+
+def test_every_part_is_there_or_says_what_is_missing(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CLAIMS)
+    found = {part.name: part for part in parts(load_study([study]), kl=2.0, claims=tmp_path / "c.yaml")}
+    assert list(found) == [
+        "Frontier", "Over-optimisation", "When to stop", "Scaling", "Leaderboard", "Claims", "Runs",
+    ]  # fmt: skip
+    assert "run lab scaling" in found["Scaling"].headline
+    assert "lab frontier --recompute" in found["Leaderboard"].headline
+    assert "dpo gains most" in found["Frontier"].headline
+    assert "peaks at KL" in found["Over-optimisation"].headline
+    assert found["Claims"].headline == "1 claims: 0 supported, 0 contradicted, 1 undecided"
+    assert found["Runs"].headline == "5 runs, 7 minutes of training"
+    assert found["When to stop"].html[0].count("<tr>") >= 3
+    without = {part.name: part for part in parts(load_study([study]), kl=2.0, claims=None)}
+    assert "no claims were given" in without["Claims"].headline
+
+
+def test_the_page_is_whole_offline_and_harmless(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["lab", "report", str(study)]) == 0
+    text = (study / "report.html").read_text()
+    assert "Over-optimisation: " in capsys.readouterr().out
+    assert ATTACK not in text
+    assert "&lt;script&gt;alert" in text
+    assert "<script" not in text  # no leaderboard, no script
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', text)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'href="#([^"]+)"', text)
+    assert set(targets) <= set(ids)
+    assert command(["lab", "report", str(study)]) == 0
+    assert (study / "report.html").read_text() == text
+
+
+def test_the_page_of_one_run(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = study / "ppo" / "seed=0"
+    assert command(["lab", "report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert text.count("<polyline") == 4
+    assert "peaks at KL" in text
+    assert ATTACK not in text
+    assert command(["lab", "report", str(study / "sft")]) == 0
+    assert "<polyline" in (study / "sft" / "report.html").read_text()
+
+
+def test_what_cannot_be_reported_is_refused(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        ([str(tmp_path / "empty")], "has no pipeline.json: give the folder of a pipeline"),
+        ([str(study), str(study / "sft")], "a report is of one run, or of folders of pipelines"),
+        ([str(study), "--kl", "0"], "--kl is 0: give a number above 0"),
+    ):
+        assert command(["lab", "report", *words]) == 2
+        assert message in capsys.readouterr().err
