@@ -15,11 +15,10 @@ from matplotlib.figure import Figure
 from lightning_align.errors import UserError
 from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, bare, distance, style, x_axis
 from lightning_align.lab.findings import kl_text
-from lightning_align.lab.runs import Point, Table, load_curve
-from lightning_align.run.directory import METRICS_FILE
+from lightning_align.lab.runs import Point, Table, curve_file, load_curve
 
 ASPECTS = ("helpfulness", "safety")
-PREFIXES = {"eval": "eval/lab/", "train": "lab/"}
+PREFIXES = {"eval": "eval/lab/", "train": "lab/"}  # of a curve's columns, by its source; others have none
 Z = 1.96  # of a 95 % interval
 # hues that stay apart in the common forms of colour blindness, and a dash and a mark each for those who see none
 STYLES: tuple[tuple[str, Any, str], ...] = (
@@ -61,7 +60,7 @@ def load_policies(runs: Sequence[Path]) -> list[Policy]:
 
 def _read(run: Path) -> dict[str, list[Point]]:
     source = load_curve(run).source
-    header = Table.read(run / METRICS_FILE if run.is_dir() else run).header
+    header = Table.read(curve_file(run)).header
     prefix = PREFIXES.get(source, "")
     found = {}
     for aspect in ASPECTS:

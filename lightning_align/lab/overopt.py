@@ -58,6 +58,14 @@ class FormFit:
         """R* = R(d*)."""
         return self._peak(1)
 
+    @property
+    def collapse_d(self) -> float | None:
+        """Where R is back to 0 beyond its peak: exp(α/β) or α/β; None where there is no peak above 0."""
+        place = self.peak_d
+        if place is None or place <= 0:
+            return None
+        return place * (2.0 if self.form == "bon" else math.e)
+
     def _peak(self, which: int) -> float | None:
         found = float(peaks(self.form, np.array([self.alpha]), np.array([self.beta]))[which][0])
         return found if math.isfinite(found) else None
@@ -87,7 +95,6 @@ class FormResult:
         status: Whether the peak may be reported. ``uncertain``: the interval of β reaches 0; ``beyond`` and ``before``:
             the fit puts it outside the distances that were measured.
         rmse: Weighted root mean square error of the points.
-        extrapolation_rmse: The same of the last third of the distances when fitted to the first two; None if too few.
         band_d: Grid of distances from 0 to the farthest; ``band_low`` and ``band_high`` are the pointwise interval of R
             there and, when the start was fitted, of its error too.
     """
@@ -98,7 +105,6 @@ class FormResult:
     peak: Peak | None
     status: PeakStatus
     rmse: float
-    extrapolation_rmse: float | None
     band_d: Array
     band_low: Array
     band_high: Array
@@ -244,7 +250,6 @@ def analyse_form(
         peak=peak,
         status=peak_status(fit.peak_d, beta, d),
         rmse=weighted_rmse(fit, d, reward, weights),
-        extrapolation_rmse=extrapolation_rmse(d, reward, form, weights, free_intercept=free_intercept),
         band_d=grid,
         band_low=low,
         band_high=high,
@@ -266,16 +271,3 @@ def weighted_rmse(fit: FormFit, d: Array, reward: Array, weights: Array | None) 
     """√(Σ w e² / Σ w)."""
     weights = np.ones_like(d) if weights is None else weights
     return float(np.sqrt(np.sum(weights * (reward - fit.intercept - fit(d)) ** 2) / weights.sum()))
-
-
-def extrapolation_rmse(
-    d: Array, reward: Array, form: FormName, weights: Array | None, *, free_intercept: bool
-) -> float | None:
-    """Error on the farthest third of the points of a fit to the nearer two thirds; None when they are too few."""
-    order = np.argsort(d, kind="stable")
-    near, far = np.split(order, [len(d) - len(d) // 3])
-    if len(far) < 2 or len(np.unique(d[near])) < FEWEST_POINTS:
-        return None
-    weights = np.ones_like(d) if weights is None else weights
-    fit = fit_form(d[near], reward[near], form, weights=weights[near], free_intercept=free_intercept)
-    return weighted_rmse(fit, d[far], reward[far], weights[far])

@@ -4,21 +4,22 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from lightning_align import __version__
 from lightning_align.lab.analysis import Analysis
+from lightning_align.lab.extrapolation import FORMS, Foresight
 from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import Finding, kl_interval, kl_text, number
-from lightning_align.lab.overopt import FORMULAS, FormResult, Interval
+from lightning_align.lab.overopt import FORMULAS, Interval
+from lightning_align.lab.page import page
 from lightning_align.lab.runs import Point
 
 PROMPTS_SHOWN = 5
 LONGEST_TEXT = 700  # characters of a prompt or answer
 FORM_NAMES = {"rl": "RL", "bon": "best-of-n"}
+SHARE_NAMES = {1 / 2: "half", 1 / 3: "third"}
 READING = (
     "Each dot is a checkpoint; training moves to the right, away from the model it started from. The reward is what "
     "training can see and maximise; whether the answers are better it does not say."
@@ -32,27 +33,23 @@ READING_GOLD = (
 
 def render(analysis: Analysis, finding: Finding) -> str:
     """The whole page."""
-    css = files("lightning_align.lab").joinpath("report.css").read_text(encoding="utf-8")
-    curve = analysis.curve
-    sections = [
-        f'<p class="eyebrow">Over-optimisation · {escape(curve.name)}</p>',
+    head = [
+        f'<p class="eyebrow">Over-optimisation · {escape(analysis.curve.name)}</p>',
         f"<h1>{escape(finding.headline)}</h1>",
+    ]
+    return page(finding.headline, [*head, *sections(analysis, finding)], footer=_footer(analysis))
+
+
+def sections(analysis: Analysis, finding: Finding) -> list[str]:
+    """The parts of the page under its heading."""
+    return [
         *(f"<p>{escape(sentence)}</p>" for sentence in finding.sentences),
         _keep(analysis),
         _picture(analysis, finding),
         _fit(analysis),
-        _answers(analysis),
+        answers(analysis),
         _run(analysis),
-        f"<footer>{escape(_footer(analysis))}</footer>",
     ]
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # no script and no request may ever come out of a sampled text
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(finding.headline)}</title>\n<style>\n{css}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the top
@@ -155,25 +152,41 @@ def _row(name: str, interval: Interval, digits: int) -> str:
 
 
 def _forms(analysis: Analysis) -> str:
-    """Both forms on the same points: how near they come, and how well they foresee the far third."""
-
-    def row(name: str, result: FormResult) -> str:
-        far = result.extrapolation_rmse
-        return (
-            f'<tr><td class="word">{FORM_NAMES[name]}: {escape(FORMULAS[result.fit.form])}</td>'
-            f"<td>{number(result.rmse, 3)}</td><td>{'–' if far is None else number(far, 3)}</td></tr>"
-        )
-
-    head = '<th class="word"></th><th>error</th><th>error on the far third</th>'
-    return (
+    """Both forms on the same points: how near they come, and how well they foresee the far ones."""
+    rows = "".join(
+        f'<tr><td class="word">{FORM_NAMES[name]}: {escape(FORMULAS[name])}</td><td>{number(result.rmse, 3)}</td></tr>'
+        for name, result in analysis.forms.items()
+    )
+    table = (
         "<table><caption>Two forms (root mean square error of the true score)</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>"
-        f"{''.join(row(name, result) for name, result in analysis.forms.items())}</tbody></table>"
+        f'<thead><tr><th class="word"></th><th>error</th></tr></thead><tbody>{rows}</tbody></table>'
+    )
+    return table + foresight_table(analysis.foresight)
+
+
+def foresight_table(foresight: Sequence[Foresight]) -> str:
+    """Errors at the far points: of each form, and of what needs no law."""
+    if not foresight:
+        return ""
+    heads = "".join(f"<th>farthest {SHARE_NAMES[found.share]}</th>" for found in foresight)
+    lines = [
+        *((f"{FORM_NAMES[form]}, from the nearer points", [f.predicted[form] for f in foresight]) for form in FORMS),
+        ("no change, from the nearer points", [f.constant for f in foresight]),
+        ("straight line, from the nearer points", [f.linear for f in foresight]),
+        *((f"{FORM_NAMES[form]}, from all points", [f.hindsight[form] for f in foresight]) for form in FORMS),
+    ]
+    rows = "".join(
+        f'<tr><td class="word">{name}</td>{"".join(f"<td>{number(value, 3)}</td>" for value in values)}</tr>'
+        for name, values in lines
+    )
+    return (
+        "<table><caption>Does the law predict? (error at the farthest points)</caption>"
+        f'<thead><tr><th class="word"></th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     )
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
-def _answers(analysis: Analysis) -> str:
+def answers(analysis: Analysis) -> str:
     """The same prompts at the start, at the chosen checkpoint and at the end."""
     columns = sample_columns(analysis)
     if not columns:
@@ -288,5 +301,5 @@ def _footer(analysis: Analysis) -> str:
     )
     return (
         f"Formula: Gao, Schulman & Hilton, Scaling laws for reward model overoptimization, 2022 (arXiv 2210.10760)."
-        f"{scatter}{lost} Written by lightning_align {__version__}."
+        f"{scatter}{lost}"
     )

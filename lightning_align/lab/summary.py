@@ -35,6 +35,8 @@ def summarise(analysis: Analysis, finding: Finding, run: Path) -> dict[str, Any]
         "interval_method": ONE_RUN if result is not None else None,
         "peak_status": result.status if result is not None else None,
         "forms": {name: _form(other) for name, other in analysis.forms.items()},
+        "extrapolation": [asdict(found) for found in analysis.foresight],
+        "collapse_kl": {"fitted": analysis.fitted_collapse, "measured": analysis.measured_collapse},
         "misfit": analysis.misfit,
         "gold": {
             "start": analysis.start_gold,
@@ -77,7 +79,6 @@ def _form(result: FormResult) -> dict[str, Any]:
         "beta": result.fit.beta,
         "intercept": result.fit.intercept,
         "rmse": result.rmse,
-        "rmse_last_third": result.extrapolation_rmse,
         "peak_status": result.status,
     }
 

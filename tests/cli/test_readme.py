@@ -16,6 +16,7 @@ import yaml
 from lightning_align.cli.build import BASES, AlignCLI, import_methods
 from lightning_align.cli.main import COMMANDS
 from lightning_align.cli.parsing import leaves, option_names
+from lightning_align.lab.claims_file import read_claims
 from lightning_align.models.architecture import read_architecture
 from lightning_align.playground import records as made
 
@@ -144,6 +145,8 @@ def test_configurations_resolve(desk: Any, file: Path, capsys: pytest.CaptureFix
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     if "architecture" in content:
         read_architecture(str(file))
+    elif "claims" in content:
+        assert read_claims(file)
     elif "stages" in content:
         desk.done("pipeline", "--config", f"configs/{file.parent.name}/{file.name}", "--dry-run")
     else:

@@ -15,7 +15,6 @@ from lightning_align.lab.overopt import (
     analyse_form,
     bootstrap,
     design,
-    extrapolation_rmse,
     fit_form,
     peaks,
 )
@@ -181,7 +180,6 @@ def test_exact_data_have_intervals_of_no_width() -> None:
     result = analyse_form(D, FormFit("rl", *TRUE["rl"])(D), "rl")
     assert result.alpha.high - result.alpha.low == pytest.approx(0.0, abs=1e-9)
     assert result.rmse == pytest.approx(0.0, abs=1e-12)
-    assert result.extrapolation_rmse == pytest.approx(0.0, abs=1e-9)
 
 
 def test_peaks_of_many_fits() -> None:
@@ -193,15 +191,6 @@ def test_peaks_of_many_fits() -> None:
         assert np.isfinite(places[3])  # far beyond any run, but a number
         assert places[2] >= 0
     assert peaks("bon", alpha, beta)[0][2] == 0.0
-
-
-def test_extrapolation_compares_the_far_third_with_a_fit_to_the_rest() -> None:
-    d = np.arange(1.0, 10.0)
-    reward = FormFit("bon", 0.8, 0.09)(d)
-    reward[6:] += 0.5  # what the nearer two thirds cannot know
-    error = extrapolation_rmse(d[::-1], reward[::-1], "bon", None, free_intercept=False)
-    assert error == pytest.approx(0.5)
-    assert extrapolation_rmse(d[:5], reward[:5], "bon", None, free_intercept=False) is None
 
 
 @pytest.mark.parametrize(
