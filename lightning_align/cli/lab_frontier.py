@@ -24,12 +24,15 @@ def main(argv: Sequence[str]) -> int:
     _check(options, parser)
 
     from lightning_align.lab.figures import png
-    from lightning_align.lab.frontier import common_kl, load_tracks, summarise, to_csv
+    from lightning_align.lab.frontier import common_kl, load_tracks, summarise
     from lightning_align.lab.frontier_figures import draw_frontier
     from lightning_align.lab.frontier_page import render
-    from lightning_align.lab.frontier_words import headline, lines
+    from lightning_align.lab.frontier_words import headline, lines, to_csv
+    from lightning_align.lab.grid import expand
+    from lightning_align.lab.runs import find_checkpoints
     from lightning_align.lab.summary import to_json
 
+    options.run = expand(options.run, lambda run: bool(find_checkpoints(run)))
     best_of = _measure(options)
     columns = dict(pair(word) for word in options.columns)
     tracks = load_tracks(options.run, columns=columns, source=options.source, best_of=best_of)
@@ -48,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> OptionParser:
     parser = OptionParser("lab frontier", "Draw the true score of several runs over KL and over samples, and compare.")
     parser.add_argument(
-        "run", nargs="+", type=Path, metavar="RUN", help="run directory, or a CSV with columns step, kl, proxy, gold"
+        "run", nargs="+", type=Path, metavar="RUN", help="run, CSV with step, kl, proxy, gold, or folder of a pipeline"
     )
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write to (default: the current one)")
     parser.add_argument(

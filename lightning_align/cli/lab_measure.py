@@ -47,7 +47,7 @@ def recompute(runs: Sequence[Path], options: Namespace) -> None:
     """Measure what is not measured yet of every run; each row is on disk before the next begins."""
     shared = Shared(options)
     jobs = plan(runs, shared)
-    check_alike({str(job.run): job.recorded for job in jobs})
+    check_alike({str(job.run): job.recorded for job in jobs}, planned=True)
     for job in jobs:
         if options.overwrite:
             remove(job.run)  # of all runs first: killed from here on, the command goes on without --overwrite

@@ -1,7 +1,5 @@
 """Methods side by side: true score over KL and over the samples that it took, of several runs of each."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +13,8 @@ from lightning_align.lab.evaluation.intervals import Estimate, student
 from lightning_align.lab.figures import distance
 from lightning_align.lab.grid import cell_of
 from lightning_align.lab.measured import check_alike, read_measured
+from lightning_align.lab.overopt import Array
+from lightning_align.lab.pareto import pareto
 from lightning_align.lab.runs import Point, load_curve, read_episodes
 
 Z = 1.96  # of a 95 % interval
@@ -23,8 +23,6 @@ SEEDS = 3  # runs of a method from which on an interval is one over runs
 MOST_METHODS = 10  # in one picture
 BEST_OF_N = "best-of-n"
 SCORES = {"gold": "true score (gold)", "heldout": "held-out judge", "win_rate": "win rate", "proxy": "reward (proxy)"}
-COLUMNS = ("kl_se", "proxy", "proxy_se", "gold", "gold_se", "heldout", "heldout_se", "win_rate", "win_rate_se")
-FIELDS = ("method", "run", "step", "samples", "kl", *COLUMNS, "pareto")
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Track:
         source: Where the points come from, as :func:`~lightning_align.lab.runs.load_curve` calls it.
         settings: How they were measured, if they were afterwards.
         answers: Rows with ``step``, ``prompt``, ``completion`` and scores.
+        prompts: The score of every prompt by step, where checkpoints were measured one like the other.
     """
 
     method: str
@@ -50,6 +49,7 @@ class Track:
     source: str = "plain"
     settings: Mapping[str, Any] = field(default_factory=dict)
     answers: Sequence[Mapping[str, Any]] = ()
+    prompts: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def start(self) -> Point:
@@ -69,16 +69,37 @@ class Track:
         """Its standard error over prompts."""
         return float(getattr(point, f"{self.score}_se"))
 
+    def shares(self, place: Callable[["Track"], Sequence[float]], where: float, score: str | None = None) -> Array:
+        """What each point counts ``[n]`` in the score where ``place`` is ``where``; NaN where the run did not go."""
+        places = np.array(place(self), dtype=np.float64)
+        values = np.array([getattr(point, score or self.score) for point in self.points], dtype=np.float64)
+        order = np.argsort(places, kind="stable")
+        kept = order[np.isfinite(places[order]) & np.isfinite(values[order])]
+        x = places[kept]
+        if not len(x) or not x[0] - TOLERANCE <= where <= x[-1] + TOLERANCE:
+            return np.full(len(places), math.nan)
+        shares = np.zeros(len(places))
+        shares[kept] = [np.interp(where, x, column) for column in np.eye(len(x))]
+        return shares
+
     def at(self, place: Callable[["Track"], Sequence[float]], where: float, score: str | None = None) -> float:
         """Score where ``place`` of the points is ``where``, between neighbours; NaN where the run did not go."""
-        places = np.array(place(self))
-        values = np.array([getattr(point, score or self.score) for point in self.points])
-        order = np.argsort(places, kind="stable")
-        known = np.isfinite(places[order]) & np.isfinite(values[order])
-        x, y = places[order][known], values[order][known]
-        if not len(x) or not x[0] - TOLERANCE <= where <= x[-1] + TOLERANCE:
-            return math.nan
-        return float(np.interp(where, x, y))
+        shares = self.shares(place, where, score)
+        used = [(share, getattr(point, score or self.score)) for share, point in zip(shares, self.points, strict=True)]
+        return float(sum(share * value for share, value in used if share != 0))
+
+    def gain_error(self, shares: Array) -> float:
+        """Standard error of the gain of a mixture of points over the start.
+
+        Over paired prompts where their values are known, else as if both were measured on prompts of their own.
+        """
+        used = [(share, point) for share, point in zip(shares, self.points, strict=True) if share != 0]
+        if not all(point.step in self.prompts for point in (self.start, *(point for _, point in used))):
+            nearest = max(used, key=lambda pair: float(pair[0]))[1]
+            return math.hypot(self.error(self.start), self.error(nearest))
+        mixed = sum(share * np.array(self.prompts[point.step]) for share, point in used)
+        gains = mixed - np.array(self.prompts[self.start.step])
+        return student(gains[np.isfinite(gains)]).se
 
 
 def roots(track: Track) -> list[float]:
@@ -135,6 +156,7 @@ def load_tracks(
             curve.source,
             measured[-1]["settings"] if measured else {},
             answers or curve.samples,
+            {row["step"]: _numbers(row["per_prompt"][score]) for row in measured if score in row["per_prompt"]},
         )
         tracks.append(track)
     names = {track.method for track in tracks}
@@ -142,6 +164,10 @@ def load_tracks(
         raise UserError(f"{len(names)} methods in one picture: give at most {MOST_METHODS}")
     _check_measured([track for track in tracks if track.run.is_dir()])
     return tracks
+
+
+def _numbers(row: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in row]
 
 
 def _method(run: Path) -> str:
@@ -196,11 +222,10 @@ def common_kl(tracks: Sequence[Track]) -> float:
 def gain(tracks: Sequence[Track], place: Callable[[Track], Sequence[float]], where: float) -> Estimate:
     """Mean gain of the score over the start, of runs that came that far; see :func:`over_runs` for its interval."""
     reached = [track for track in tracks if math.isfinite(track.at(place, where)) and len(track.points) > 1]
-    errors = []
-    for track in reached:
-        nearest = track.points[int(np.nanargmin(np.abs(np.array(place(track)) - where)))]
-        errors.append(math.hypot(track.error(track.start), track.error(nearest)))
-    return over_runs([track.at(place, where) - track.value(track.start) for track in reached], errors)
+    return over_runs(
+        [track.at(place, where) - track.value(track.start) for track in reached],
+        [track.gain_error(track.shares(place, where)) for track in reached],
+    )
 
 
 def over_runs(values: Sequence[float], errors: Sequence[float]) -> Estimate:
@@ -218,7 +243,7 @@ def over_runs(values: Sequence[float], errors: Sequence[float]) -> Estimate:
 def best(tracks: Sequence[Track]) -> dict[str, Any]:
     """The highest score of each run on average, where it was, and the gain; the highest of many is flattered."""
     tops = [(track, track.top) for track in tracks]
-    errors = [math.hypot(track.error(track.start), track.error(top)) for track, top in tops]
+    errors = [track.gain_error(np.array([point is top for point in track.points], dtype=float)) for track, top in tops]
     drawn = [t.samples[list(t.points).index(top)] for t, top in tops]
     row: dict[str, Any] = {
         tracks[0].score: float(np.mean([track.value(top) for track, top in tops])),
@@ -235,19 +260,6 @@ def best(tracks: Sequence[Track]) -> dict[str, Any]:
         if all(map(math.isfinite, values)):
             row[f"{name}_there"] = over_runs(values, [getattr(top, f"{name}_se") for _, top in tops]).as_dict()
     return row
-
-
-def pareto(kl: Sequence[float], score: Sequence[float]) -> list[bool]:
-    """Which points no other beats: none has at most their KL and at least their score, one of both strictly better."""
-    order = sorted(range(len(kl)), key=lambda index: (kl[index], -score[index]))
-    kept = [False] * len(kl)
-    height, at = -math.inf, -math.inf
-    for index in order:
-        equal = score[index] == height and kl[index] == at
-        if math.isfinite(kl[index]) and (score[index] > height or equal):
-            kept[index] = True
-            height, at = score[index], kl[index]
-    return kept
 
 
 def front(tracks: Sequence[Track]) -> list[tuple[Track, Point]]:
@@ -277,17 +289,3 @@ def summarise(tracks: Sequence[Track], kl: float, budget: float | None) -> dict[
         for t, p in front(tracks)
     ]
     return {"score": tracks[0].score, "kl": kl, "samples": budget, "methods": rows, "pareto": beyond}
-
-
-def to_csv(tracks: Sequence[Track]) -> str:
-    """Every point; ``pareto`` is 1 for those that no other beats."""
-    kept = {(id(track), point.step) for track, point in front(tracks)}
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow(FIELDS)
-    for track in tracks:
-        for point, drawn in zip(track.points, track.samples, strict=True):
-            cells = (point.step, drawn, point.kl, *(getattr(point, name) for name in COLUMNS))
-            on_front = int((id(track), point.step) in kept)
-            writer.writerow([track.method, track.run, *("" if cell != cell else cell for cell in cells), on_front])
-    return out.getvalue()

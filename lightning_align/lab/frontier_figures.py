@@ -194,7 +194,7 @@ def _method(ax: Axes, panel: Panel, own: Sequence[Track], drawn: tuple[str, Any,
     if len(x) == 1 and np.isfinite(low[0]):
         ax.plot([x[0], x[0]], [low[0], high[0]], color=colour, alpha=0.4, linewidth=2, zorder=2)
     elif np.isfinite(low).any():
-        ax.fill_between(x, low, high, color=colour, alpha=0.11, linewidth=0, zorder=1)
+        ax.fill_between(x, low, high, color=colour, alpha=0.09, linewidth=0, zorder=1)
     ax.plot(
         x, mean, color=colour, linestyle=dash, linewidth=1.7, marker=mark, markersize=4.0,
         markeredgecolor=COLOURS["paper"], markeredgewidth=0.4, label=own[0].method, zorder=3,

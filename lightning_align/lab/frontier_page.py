@@ -15,6 +15,7 @@ from lightning_align.lab.report import as_text, clip
 from lightning_align.lab.runs import Point
 
 PROMPTS_SHOWN = 3
+THEMED = {"#9c3d7c": "no", "#1d7a5f": "yes"}  # colours of lines that the page has for a dark ground too
 SCORE_WORDS = {"proxy": "reward", "gold": "true score", "heldout": "held-out"}
 
 
@@ -35,7 +36,9 @@ def _pictures(tracks: Sequence[Track], summary: Mapping[str, Any]) -> str:
         svg(draw_frontier(tracks, summary, layout, with_title=False), kind, label, prefix=f"frontier-{kind}")
         for kind, layout in (("wide", WIDE), ("narrow", NARROW))
     )
-    return f"<figure>{drawn}<figcaption>{escape(note(tracks))}</figcaption></figure>"
+    for colour, name in THEMED.items():
+        drawn = drawn.replace(colour, f"var(--{name})")
+    return f'<figure style="max-width: 54rem">{drawn}<figcaption>{escape(note(tracks))}</figcaption></figure>'
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -51,7 +54,7 @@ def _methods(summary: Mapping[str, Any]) -> str:
         *([f"gain at {summary['samples']:,.0f} samples"] if counted else []),
         *("highest score", "its gain", "at KL", "after samples"),
         *(f"{SCORES[name]} there" for name in there),
-        *("farthest KL", "on the Pareto front"),
+        *("farthest KL", "on the front"),
     ]
     body = [
         [

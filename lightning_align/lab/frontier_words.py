@@ -1,10 +1,16 @@
-"""What the frontier of several runs says, in words."""
+"""What the frontier of several runs says, in words and as a table."""
 
+import csv
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_align.lab.findings import kl_text
+from lightning_align.lab.frontier import Track, front
+
+COLUMNS = ("kl_se", "proxy", "proxy_se", "gold", "gold_se", "heldout", "heldout_se", "win_rate", "win_rate_se")
+FIELDS = ("method", "run", "step", "samples", "kl", *COLUMNS, "pareto")
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -48,3 +54,17 @@ def told_gain(estimate: Mapping[str, Any], digits: int = 3) -> str:
     low, high = estimate["ci"]
     ends = "" if low != low else f" ({low:+.{digits}f} to {high:+.{digits}f})"
     return f"{estimate['value']:+.{digits}f}{ends}"
+
+
+def to_csv(tracks: Sequence[Track]) -> str:
+    """Every point; ``pareto`` is 1 for those that no other beats."""
+    kept = {(id(track), point.step) for track, point in front(tracks)}
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(FIELDS)
+    for track in tracks:
+        for point, drawn in zip(track.points, track.samples, strict=True):
+            cells = (point.step, drawn, point.kl, *(getattr(point, name) for name in COLUMNS))
+            on_front = int((id(track), point.step) in kept)
+            writer.writerow([track.method, track.run, *("" if cell != cell else cell for cell in cells), on_front])
+    return out.getvalue()

@@ -15,6 +15,8 @@ from lightning_align.lab.runs import FIELDS, MEASURED_FILE, MEASURED_TABLE
 from lightning_align.run.files import sync, write_atomically, writing
 
 REMEDY = "make room or mend this; the same command goes on where it was"
+CHOOSE = "say which: --data for prompts, else that option"
+MEASURE_ALIKE = "measure both alike (--recompute --overwrite) to see them in one picture"
 # settings by which the numbers of two runs can be told beside each other, and what they are called; a run's own
 # reward and start are its own
 COMMON = {
@@ -130,8 +132,14 @@ def table(rows: Sequence[Mapping[str, Any]], episodes: Mapping[int, float]) -> s
     return out.getvalue()
 
 
-def check_alike(settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise :class:`UserError` unless runs (by their names) were measured alike, in one line that says what differs."""
+def check_alike(settings: Mapping[str, Mapping[str, Any]], *, planned: bool = False) -> None:
+    """Raise :class:`UserError` unless runs (by their names) were measured alike, in one line that says what differs.
+
+    Args:
+        settings: Of every run.
+        planned: They are not measured yet, but about to be.
+    """
+    told, remedy = ("would be", CHOOSE) if planned else ("were", MEASURE_ALIKE)
     first = next(iter(settings), None)
     for name, other in settings.items():
         assert first is not None
@@ -140,10 +148,7 @@ def check_alike(settings: Mapping[str, Mapping[str, Any]]) -> None:
             if one != two:
                 values = "" if key == "prompts_hash" else f": {_told(one)} and {_told(two)}"
                 where = _prompts(settings[first], other) if key == "prompts_hash" else ""
-                raise UserError(
-                    f"{first} and {name} were measured with different {called}{where}{values}; measure both alike "
-                    "(--recompute --overwrite) to see them in one picture"
-                )
+                raise UserError(f"{first} and {name} {told} measured with different {called}{where}{values}; {remedy}")
 
 
 def _prompts(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:

@@ -21,14 +21,13 @@ from lightning_align.lab.frontier import (
     gain,
     load_tracks,
     over_runs,
-    pareto,
     roots,
     samples,
     summarise,
-    to_csv,
 )
 from lightning_align.lab.frontier_figures import Panel, draw_frontier, mean_curve, panels
-from lightning_align.lab.frontier_words import headline
+from lightning_align.lab.frontier_words import headline, to_csv
+from lightning_align.lab.pareto import pareto
 from lightning_align.lab.runs import Point
 
 STEPS = (0, 2, 4, 6)
