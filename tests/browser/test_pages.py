@@ -1,6 +1,7 @@
 """The lab's pages in a real browser: offline, on a phone; they sort, show and hide, and run nobody else's script."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,45 @@ def make_metrics() -> Callable[[Path], None]:
         (run / "metrics.csv").write_text("step,loss/a,eval/b\n0,1,2\n1,2,1\n2,3,0.5\n")
 
     return make
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    """Of a pipeline with two methods, whose samples try to be markup."""
+    states = {}
+    for stage, lift in (("ppo", 0.0), ("dpo", 0.2)):
+        run = tmp_path / stage / "seed=0"
+        run.mkdir(parents=True)
+        (run / "run.json").write_text(json.dumps({"status": "finished"}))
+        lines, samples = ["step,eval/lab/kl,eval/lab/proxy,eval/lab/gold"], []
+        for step in range(12):
+            d = step / 3
+            gold = 1 + d * (0.6 + lift - 0.35 * math.log(d)) if d else 1.0
+            lines.append(f"{step},{d * d},{d},{gold + 0.02 * (-1) ** step}")
+            samples.append(json.dumps({"step": step, "prompt": ATTACK, "completion": f"{stage} {step}{ATTACK}"}))
+        (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+        (run / "samples.jsonl").write_text("\n".join(samples) + "\n")
+        states[f"{stage}/seed=0"] = {"stage": stage, "axes": {"seed": "0"}, "finished": True, "seconds": 60.0}
+    (tmp_path / "pipeline.json").write_text(json.dumps(states))
+    (tmp_path / "claims.yaml").write_text(
+        "claims: [{name: c, hypothesis: DPO beats PPO, source: s, measure: best_gold, a: dpo, b: ppo}]"
+    )
+    assert command(["lab", "report", str(tmp_path), "--claims", str(tmp_path / "claims.yaml")]) == 0
+    return tmp_path / "report.html"
+
+
+def test_the_report_of_a_pipeline(tab: Any, report: Path) -> None:
+    tab.goto(report.as_uri())
+    assert fits(tab)
+    assert tab.locator("ul.found li").count() == 7
+    tab.get_by_role("link", name="Claims").click()
+    assert tab.get_by_text("DPO beats PPO").is_visible()
+    assert tab.get_by_role("cell", name="undecided").is_visible()
+    pictures = tab.locator("svg.wide:visible, svg.narrow:visible")
+    assert pictures.count() >= 2
+    assert all(pictures.nth(i).bounding_box()["height"] > 100 for i in range(pictures.count()))
+    assert tab.locator("img").count() == 0  # answers are text
+    opened = tab.locator("details[open] .card:visible").count()
+    assert opened >= 3
+    tab.locator("summary", has_text="dpo:").click()
+    assert tab.locator("details[open] .card:visible").count() > opened
