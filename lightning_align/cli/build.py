@@ -65,7 +65,7 @@ class AlignCLI(LightningCLI):
             "--run.keep_every",
             type=int,
             default=0,
-            help="Keep the weights for the lab every so many steps; online methods keep them at each evaluation anyway.",
+            help="Keep weights for the lab every so many steps; online methods keep them at each evaluation anyway.",
         )
         parser.add_argument("--resume", action="store_true", help="Continue the run of this name, bit for bit.")
         parser.add_argument("--overwrite", action="store_true", help="Delete the run of this name and start again.")
