@@ -6,7 +6,7 @@ from lightning_align.errors import UserError, nearest
 
 SUMMARIES = {
     "overopt": "true score and reward over KL: fit, peak, checkpoint to keep (PNG, HTML, JSON)",
-    "frontier": "true score of several runs over KL and over samples, method by method (PNG, JSON, CSV)",
+    "frontier": "true score of several runs over KL and over samples, method by method (HTML, PNG, JSON, CSV)",
     "claims": "claims of the field against the runs of sweeps: effect, interval, verdict (PNG, JSON)",
     "leaderboard": "all methods at the same KL and sample budget (HTML, PNG, JSON, CSV)",
     "report": "one page of everything, for a run or for pipelines (HTML)",

@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
     from lightning_align.lab.runs import find_checkpoints
     from lightning_align.lab.summary import to_json
 
-    options.run = expand(options.run, lambda run: bool(find_checkpoints(run)))
+    places, options.run = options.run, expand(options.run, lambda run: bool(find_checkpoints(run)))
+    if not options.run:
+        raise UserError(f"no run in {', '.join(map(str, places))} kept checkpoints for the lab (run.keep_every)")
     best_of = _measure(options)
     columns = dict(pair(word) for word in options.columns)
     tracks = load_tracks(options.run, columns=columns, source=options.source, best_of=best_of)

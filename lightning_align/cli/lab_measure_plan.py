@@ -17,7 +17,7 @@ from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.sampling import Policy, Prompts, Settings
 from lightning_align.lab.evaluation.subjects import Subject, read_subject, recorded_options
 from lightning_align.lab.measure import HELDOUT, Meter, Scorers
-from lightning_align.lab.measured import prompts_hash
+from lightning_align.lab.measured import fingerprint, prompts_hash
 from lightning_align.lab.runs import find_checkpoints
 from lightning_align.rewards.base import Reward
 from lightning_align.rewards.build import build_reward
@@ -34,13 +34,15 @@ class Shared:
         options: Of the command line.
         rewards: Loaded, by their specification.
         prompts: By where they come from.
-        starts: The last start that was loaded, by what it follows from.
+        starts: The last start that was loaded, by its source.
+        meters: The last meter, by everything that its numbers follow from.
     """
 
     options: Namespace
     rewards: dict[str, Reward] = field(default_factory=dict)
     prompts: dict[str, tuple[str, Prompts]] = field(default_factory=dict)
     starts: dict[str, Policy] = field(default_factory=dict)
+    meters: dict[str, Meter] = field(default_factory=dict)
 
     def reward(self, spec: Any, name: str) -> Reward:
         """A reward by its specification."""
@@ -106,6 +108,12 @@ class Job:
 
     def meter(self, shared: Shared) -> Meter:
         """Its meter, with all that is loaded for it."""
+        key = fingerprint(self.recorded)
+        if key not in shared.meters:
+            shared.meters = {key: self._meter(shared)}
+        return shared.meters[key]
+
+    def _meter(self, shared: Shared) -> Meter:
         scores = {name: shared.reward(self.specs[name], name) for name in ("proxy", "gold") if name in self.specs}
         heldout = [shared.reward(spec, HELDOUT) for spec in self.specs.get(HELDOUT, [])]
         scorers = Scorers(scores, heldout, self.recorded["judge"])

@@ -301,3 +301,13 @@ def test_best_of_n_is_a_track_of_its_own(tmp_path: Path, runs: list[Path]) -> No
     assert tracks[-1].method == "best-of-n"
     assert [point.step for point in tracks[-1].points] == [1, 2]
     assert (tracks[-1].run, 2) in [(track.run, point.step) for track, point in front(tracks)]
+
+
+def test_a_pipelines_folder_without_kept_checkpoints_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "sft", [0.0, 1.0, 2.0, 3.0])
+    for name, content in (("sft/run.json", {}), ("pipeline.json", {"sft": {"finished": True}})):
+        (tmp_path / name).write_text(json.dumps(content))
+    assert run(["lab", "frontier", str(tmp_path)]) == 2
+    assert "kept checkpoints for the lab (run.keep_every)" in capsys.readouterr().err
