@@ -91,9 +91,12 @@ class Track:
     def gain_error(self, shares: Array) -> float:
         """Standard error of the gain of a mixture of points over the start.
 
-        Over paired prompts where their values are known, else as if both were measured on prompts of their own.
+        0 at the start itself. Over paired prompts where their values are known, else as if both were measured on prompts
+        of their own.
         """
         used = [(share, point) for share, point in zip(shares, self.points, strict=True) if share != 0]
+        if all(point is self.start for _, point in used):
+            return 0.0
         if not all(point.step in self.prompts for point in (self.start, *(point for _, point in used))):
             nearest = max(used, key=lambda pair: float(pair[0]))[1]
             return math.hypot(self.error(self.start), self.error(nearest))

@@ -97,7 +97,8 @@ def mean_curve(own: Sequence[Track], panel: Panel) -> tuple[Array, Array, Array,
     """Places, mean over runs and both ends of its interval ``[n]``, as far as all runs of a method go.
 
     The interval is over runs from :data:`~lightning_align.lab.frontier.SEEDS` on, else over prompts; its ends are NaN
-    where no error is known.
+    where no error is known. Of the score that methods are compared by it is the interval of the gain over the start,
+    drawn about the mean: how much better some starts, or some prompts, are than others is not what is asked.
     """
     known = [(track, *_known(track, panel)) for track in own]
     known = [(track, x, y) for track, x, y in known if len(x)]
@@ -109,10 +110,15 @@ def mean_curve(own: Sequence[Track], panel: Panel) -> tuple[Array, Array, Array,
     for place in places:
         where = min(max(place, begin), reach)
         values = [float(np.interp(where, x, y)) for _, x, y in known]
-        errors = [track.at(panel.place, where, f"{panel.score}_se") for track, _, _ in known]
-        estimates.append(over_runs(values, errors))
-    rows = [(estimate.value, estimate.low, estimate.high) for estimate in estimates]
-    return places, *np.array(rows, dtype=np.float64).reshape(-1, 3).T
+        if all(panel.score == track.score and len(track.points) > 1 for track, _, _ in known):
+            starts = [track.value(track.start) for track, _, _ in known]
+            errors = [track.gain_error(track.shares(panel.place, where)) for track, _, _ in known]
+        else:
+            starts = [0.0] * len(values)
+            errors = [track.at(panel.place, where, f"{panel.score}_se") for track, _, _ in known]
+        gain = over_runs([value - start for value, start in zip(values, starts, strict=True)], errors)
+        estimates.append([end + float(np.mean(starts)) for end in (gain.value, gain.low, gain.high)])
+    return places, *np.array(estimates, dtype=np.float64).reshape(-1, 3).T
 
 
 # ---------------------------------------------------------------------------------------------------------- drawing
@@ -123,7 +129,7 @@ def draw_frontier(
     shown = panels(tracks)
     methods = list(by_method(tracks))
     columns = 1 if layout.width < WIDE.width else 2
-    legend_columns = max(1, int(layout.width / (0.9 + 0.085 * max(map(len, methods)))))
+    legend_columns = max(1, int(layout.width / (0.8 + 0.07 * max(map(len, methods)))))
     rows = math.ceil((len(shown) - 1) / columns)
     heights = [LEGEND_LINE * math.ceil(len(methods) / legend_columns), FIRST, *[OTHER] * rows]
     with mpl.rc_context(style(layout.font)):
@@ -162,8 +168,8 @@ def note(tracks: Sequence[Track]) -> str:
     mixed = f"over runs where a method has {SEEDS}, else over prompts"
     seeds = " Lines: mean over runs, as far as all of a method's go; faint: each run." if max(counts) > 1 else ""
     return (
-        f"Bands: 95 % interval {over or mixed}.{seeds} Steps: Pareto front, the checkpoints that no other beats. "
-        "Upright: KL that is compared at."
+        f"Bands: 95 % interval {over or mixed}, of the score that of its gain over the start.{seeds} "
+        "Steps: Pareto front, the checkpoints that no other beats. Upright: KL that is compared at."
     )
 
 

@@ -229,11 +229,12 @@ def test_a_band_is_over_seeds_from_three_runs_on_else_over_prompts(runs: list[Pa
     tracks = load_tracks(runs)
     x, mean, low, high = mean_curve(tracks[:3], over_kl())
     assert x == pytest.approx([0.0, 0.5, 1.0, 2.0])
-    at_one = np.array([1.0, 0.9, 1.1])
-    reach = stats.t.ppf(0.975, 2) * at_one.std(ddof=1) / math.sqrt(3)
+    gains = np.array([0.5, 0.3, 0.7])  # the band is about the mean score, as wide as the interval of the gain
+    reach = stats.t.ppf(0.975, 2) * gains.std(ddof=1) / math.sqrt(3)
     assert (mean[2], low[2], high[2]) == pytest.approx((1.0, 1.0 - reach, 1.0 + reach))
     _, mean, low, high = mean_curve(tracks[:2], over_kl())
-    assert (mean[2], high[2] - mean[2]) == pytest.approx((0.95, 1.96 * 0.05 / math.sqrt(2)))
+    assert (mean[2], high[2] - mean[2]) == pytest.approx((0.95, 1.96 * 0.05))  # √2 for the start, 1/√2 for two
+    assert (low[0], high[0]) == pytest.approx((mean[0], mean[0]))  # the start gains nothing, for certain
     assert over_runs([1.0, 3.0], [0.3, 0.4]).se == pytest.approx(0.25)
 
 
