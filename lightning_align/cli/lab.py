@@ -11,6 +11,7 @@ SUMMARIES = {
     "leaderboard": "all methods at the same KL and sample budget (HTML, PNG, JSON, CSV)",
     "report": "one page of everything, for a run or for pipelines (HTML)",
     "select": "which checkpoint to keep, why, and what each policy would have cost (JSON, PNG)",
+    "scaling": "laws over reward-model size, data and policy size, from a sweep (JSON, CSV, PNG)",
 }  # by command; lab_NAME.py has its main
 
 

@@ -1,0 +1,160 @@
+"""A sweep as the scaling laws see it: sizes, data and curves, read from the runs or from another trainer's CSV."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_align.errors import UserError
+from lightning_align.lab.grid import SEED, Cell, load_grid
+from lightning_align.lab.overopt import SMALLEST_D
+from lightning_align.lab.runs import Curve, Table, load_curve
+from lightning_align.lab.scaling import Measured
+from lightning_align.run.directory import METRICS_FILE, MODEL, is_run, read_status
+
+EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # what is not counted: Gao et al. leave embeddings out
+REWARD_LOSS = "eval/loss"
+COLUMNS = ("reward_parameters", "comparisons", "policy_parameters", "seed", "step", "kl", "gold")
+
+
+def read_sweep(place: Path) -> tuple[list[Measured], list[str]]:
+    """Runs with a true score, and why others were left out.
+
+    Raises:
+        UserError: Nothing takes part.
+    """
+    runs, left_out = _read_table(place) if place.is_file() else _read_folder(place)
+    if not runs:
+        raise UserError(f"{place} has no run that takes part: {'; '.join(left_out[:3]) or 'it is empty'}")
+    return runs, left_out
+
+
+def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
+    runs, left_out = [], []
+    for cell in load_grid(folder):
+        parents = _parents(cell, folder)
+        if "reward" not in parents or "model" not in parents:
+            continue  # pre-training, SFT, reward models: no part of what is compared
+        try:
+            curve = load_curve(cell.run)
+            runs.append(_measured(cell, curve, parents))
+        except UserError as error:
+            left_out.append(str(error))
+    return runs, left_out
+
+
+def _parents(cell: Cell, folder: Path) -> dict[str, Path]:
+    """The runs that it reads, by the last word of the option; a sweep that was moved still finds its own."""
+    found = {}
+    for parent in read_status(cell.run).get("parents", []):
+        place = Path(parent["run"])
+        if not is_run(place) and folder.name in place.parts:
+            place = folder.joinpath(*place.parts[place.parts.index(folder.name) + 1 :])
+        if is_run(place):
+            found[str(parent["option"]).rsplit(".", 1)[-1]] = place
+    return found
+
+
+def _measured(cell: Cell, curve: Curve, parents: Mapping[str, Path]) -> Measured:
+    reward = parents["reward"]
+    start, far = split(cell.run, [(p.d, p.gold) for p in curve.points])
+    return Measured(
+        reward_parameters=parameters(reward / MODEL),
+        comparisons=_comparisons(reward),
+        policy_parameters=parameters(parents["model"] / MODEL),
+        seed=cell.axes.get(SEED, "0"),
+        d=np.array([d for d, _ in far]),
+        gold=np.array([gold for _, gold in far]),
+        start=start,
+        reward_loss=_last(reward, REWARD_LOSS),
+        run=cell.run,
+    )
+
+
+def split(where: object, points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
+    """The score at the start, and the points (d, gold) far enough from it for the law.
+
+    Raises:
+        UserError: There is no score at KL 0.
+    """
+    known = [(d, gold) for d, gold in points if math.isfinite(d) and math.isfinite(gold)]
+    near = [gold for d, gold in known if d < SMALLEST_D]
+    if not near:
+        raise UserError(f"{where} has no true score at the start (KL below {SMALLEST_D**2:g}): evaluate at step 0")
+    return near[0], [(d, gold) for d, gold in known if d >= SMALLEST_D]
+
+
+def _comparisons(reward: Path) -> int:
+    data = read_status(reward).get("data") or {}
+    if data.get("kind") not in ("preference", "ranked") or not isinstance(data.get("kept"), int):
+        raise UserError(f"{reward} does not say how many comparisons it learnt from: is it a reward model's run?")
+    return int(data["kept"])
+
+
+def _last(run: Path, column: str) -> float:
+    table = Table.read(run / METRICS_FILE)
+    if column not in table.header:
+        return math.nan
+    cells = [table.number(index, column) for index in range(len(table.rows))]
+    return next((cell for cell in reversed(cells) if math.isfinite(cell)), math.nan)
+
+
+def parameters(model: Path) -> int:
+    """Weights of a model folder without its embeddings, from the headers of its safetensors files.
+
+    Raises:
+        UserError: It has none that can be read.
+    """
+    total = 0
+    files = sorted(model.glob("*.safetensors"))
+    try:
+        for file in files:
+            for name, tensor in _header(file).items():
+                if name != "__metadata__" and not any(part in name for part in EMBEDDINGS):
+                    total += prod(tensor["shape"])
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UserError(f"{model} cannot be read: {error}") from error
+    if not total:
+        raise UserError(f"{model} has no weights in safetensors files: its size is not known")
+    return total
+
+
+def _header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        content: dict[str, Any] = json.loads(opened.read(length))
+    return content
+
+
+def _read_table(path: Path) -> tuple[list[Measured], list[str]]:
+    """A row per checkpoint; runs are told apart by sizes, data and seed."""
+    table = Table.read(path)
+    missing = [name for name in COLUMNS if name not in table.header]
+    if missing:
+        raise UserError(f"{path} has no column '{missing[0]}' (it needs {', '.join(COLUMNS)}; it has {table})")
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for index, row in enumerate(table.rows):
+        rows.setdefault(tuple(row[name] for name in COLUMNS[:4]), []).append(index)
+    runs, left_out = [], []
+    for (_, _, _, seed), own in rows.items():
+        sizes = [table.number(own[0], name) for name in COLUMNS[:3]]
+        if not all(size > 0 and size.is_integer() for size in sizes):
+            raise UserError(f"{path} line {table.lines[own[0]]}: sizes and comparisons are whole numbers above 0")
+        ordered = sorted(own, key=lambda index: table.number(index, "step"))
+        kls = [table.number(index, "kl") for index in ordered]
+        golds = [table.number(index, "gold") for index in ordered]
+        points = [(math.sqrt(kl) if kl >= 0 else math.nan, gold) for kl, gold in zip(kls, golds, strict=True)]
+        where = f"{path}, the run of line {table.lines[own[0]]}"
+        try:
+            start, far = split(where, points)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        d, gold = np.array(far).reshape(-1, 2).T
+        runs.append(Measured(*(int(size) for size in sizes), seed, d, gold, start))
+    return runs, left_out
