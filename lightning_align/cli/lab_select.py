@@ -1,5 +1,6 @@
 """``lab select``: which checkpoint of a run to keep, why, and what each policy would have cost."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from lightning_align.cli.lab_files import pair, write_all
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
+from lightning_align.run.directory import METRICS_FILE
 
-PREFERRED = {"heldout": "heldout_lower", "win_rate": "length_controlled_win_rate"}  # columns that go before
+HELDOUT = "heldout"
+PREFERRED = {HELDOUT: "heldout_lower", "win_rate": "length_controlled_win_rate"}  # columns that go before
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,17 +38,28 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{options.export} exists: give another --export")
 
     from lightning_align.lab.figures import png
+    from lightning_align.lab.heldout import TRAINED_METRIC, judged_by_gold, overlap, trained_beside
     from lightning_align.lab.regret import as_dict, draw_regret, lines, own_peak, pooled, read_peaks, regrets
     from lightning_align.lab.runs import Curve, Table, curve_file, load_curve
     from lightning_align.lab.select import Choice, automatic, select
     from lightning_align.lab.summary import to_json
 
+    named = dict(pair(word) for word in options.columns)
+
     def read(run: Path) -> Curve:
-        own = dict(pair(word) for word in options.columns)
-        if run.exists():
-            table = Table.read(curve_file(run))
-            own = {key: name for key, name in PREFERRED.items() if table.count(name) and key not in own} | own
-        return load_curve(run, columns=own)
+        if not run.exists():
+            return load_curve(run)  # which says so
+        file = curve_file(run)
+        table = Table.read(file)
+        preferred = {key: name for key, name in PREFERRED.items() if table.count(name)}
+        if (
+            file.name == METRICS_FILE
+            and run.is_dir()
+            and table.count(TRAINED_METRIC)
+            and trained_beside(load_curve(run))
+        ):
+            preferred[HELDOUT] = TRAINED_METRIC
+        return load_curve(run, columns=preferred | named)
 
     given, without = read_peaks(options.fit)
     for file in without:
@@ -56,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
     choices: list[Choice] = []
     for run, curve in zip(options.run, curves, strict=True):
         peak = pooled(given)
+        if (doubt := overlap(run, curve)) is not None:
+            print(f"warning: {run}: {doubt}")
         policy = automatic(curve, peak=peak) if options.policy == "auto" else options.policy
         if policy == "peak" and peak is None:
             peak = own_peak(curve)
@@ -67,6 +83,9 @@ def main(argv: Sequence[str]) -> int:
     if options.export is not None and choices[0].checkpoint is None:
         raise UserError(f"{options.run[0]} has no checkpoint to export: give a run directory that kept some")
     table, silent = regrets(curves, budget=options.budget, given=given)
+    by_gold = [run for run, curve in zip(options.run, curves, strict=True) if judged_by_gold(run, curve)]
+    if table and by_gold:
+        print(f"warning: the true score decided who wins in {len(by_gold)} of {len(curves)} runs: winrate is flattered")
     if table:
         print("regret, gold of the best checkpoint minus gold of the chosen one; only gold has seen gold:")
         print("\n".join(lines(table, silent, len(curves))))
@@ -99,9 +118,13 @@ def _told(run: Path, choice: Any) -> list[str]:
     ]
     if choice.gold is not None:
         what = "predicted gain of gold" if choice.gain else "gold"
-        said.append(f"  {what}: {choice.gold.estimate:.3f} ({choice.gold.low:.3f} to {choice.gold.high:.3f})")
+        known = math.isfinite(choice.gold.low) and math.isfinite(choice.gold.high)
+        ends = f" ({choice.gold.low:.3f} to {choice.gold.high:.3f})" if known else ""
+        said.append(f"  {what}: {choice.gold.estimate:.3f}{ends}")
     if choice.checkpoint is not None:
-        said.append(f"  checkpoint: {choice.checkpoint}")
+        exact = choice.checkpoint_step == choice.point.step
+        note = "" if exact else f" (the nearest that was kept, of step {choice.checkpoint_step})"
+        said.append(f"  checkpoint: {choice.checkpoint}{note}")
     return said
 
 

@@ -96,9 +96,11 @@ def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: K
     if not points:
         raise ValueError("no checkpoint has a KL")
     choice = _RULES[policy](points, budget, peak)
-    if not curve.checkpoints:
+    beyond = set() if budget is None else {point.step for point in curve.points if not point.kl <= budget}
+    saved = curve.checkpoints.keys() - beyond
+    if not saved:
         return choice
-    step = min(curve.checkpoints, key=lambda saved: (abs(saved - choice.point.step), saved))
+    step = min(saved, key=lambda step: (abs(step - choice.point.step), step))
     return replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
 
 
@@ -106,7 +108,7 @@ def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: K
 def _by_gold(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
     point, best, se = one_standard_error(points)
     own = point.gold_se if math.isfinite(point.gold_se) else se
-    reach = float(norm.ppf((1 + LEVEL) / 2)) * own
+    reach = float(norm.ppf((1 + LEVEL) / 2)) * own or math.inf  # below three checkpoints the error is not known
     return Choice(
         point, "gold", best, se, gold=Interval(point.gold, point.gold - reach, point.gold + reach),
         reason=_within("gold score", point, best, se) + " The score there is a little flattered: it made the choice.",
@@ -207,7 +209,7 @@ def one_standard_error(points: Sequence[Point], score: str = "gold") -> tuple[Po
     """
     measured = _ordered(p for p in points if math.isfinite(getattr(p, score)))
     if not measured:
-        raise ValueError(f"no point has a {score} score: use knee")
+        raise ValueError(f"no checkpoint has a {score} score: use knee")
     values = {p: float(getattr(p, score)) for p in measured}
     best = max(measured, key=lambda p: values[p])  # the first of equals has the smallest KL
     own = float(getattr(best, f"{score}_se"))
