@@ -1,12 +1,17 @@
 """``lab overopt``: proxy and gold over KL, the fitted law, the checkpoint to keep."""
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_align.cli.lab_files import pair, write_all
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_align.lab.runs import Curve
 
 
 def main(argv: Sequence[str]) -> int:
@@ -14,7 +19,10 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser(
         "lab overopt", "Draw reward and true score over KL, fit the law of over-optimisation, choose."
     )
-    parser.add_argument("run", type=Path, help="run directory, or a CSV with columns step, kl, proxy, gold")
+    parser.add_argument(
+        "run", nargs="+", type=Path, metavar="RUN",
+        help="run directory, or a CSV with columns step, kl, proxy, gold; several are seeds of one method",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run, or the folder of the CSV)")
     parser.add_argument("--report", type=Path, help="file for the page (default: overopt.html beside the picture)")
     parser.add_argument("--form", choices=("rl", "bon"), default="rl", help="rl: d(α − β ln d); bon: d(α − β d)")
@@ -46,16 +54,21 @@ def main(argv: Sequence[str]) -> int:
     from lightning_align.lab.runs import load_curve
     from lightning_align.lab.summary import summarise, to_json
 
-    curve = load_curve(options.run, source=options.source, columns=columns)
-    analysis = analyse(curve, form=options.form, free_start=options.intercept == "free")
+    run = options.run[0]
+    out = options.out or (run if run.is_dir() else run.parent)
+    curves = [load_curve(each, source=options.source, columns=columns) for each in options.run]
+    if len(curves) > 1:
+        if options.report or options.aspects or options.against:
+            raise UserError("--report, --aspects and --against are for one run: give one, or leave them out")
+        return _seeds(options, curves, out)
+    analysis = analyse(curves[0], form=options.form, free_start=options.intercept == "free")
     finding = conclude(analysis)
-    out = options.out or (options.run if options.run.is_dir() else options.run.parent)
     outputs = {
         out / "overopt.png": png(draw(analysis, finding)),
         options.report or out / "overopt.html": render(analysis, finding).encode(errors="replace"),
-        out / "overopt.json": to_json(summarise(analysis, finding, options.run)).encode(),
+        out / "overopt.json": to_json(summarise(analysis, finding, run)).encode(),
     }
-    runs = [options.run, *options.against]
+    runs = [run, *options.against]
     lines, more = aspects(runs, out) if options.aspects or options.against else ([], {})
     outputs |= more
     write_all(outputs)
@@ -66,6 +79,25 @@ def main(argv: Sequence[str]) -> int:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
     for line in lines:
         print(line)
+    print(f"wrote {', '.join(map(str, outputs))}")
+    return 0
+
+
+def _seeds(options: Namespace, curves: "Sequence[Curve]", out: Path) -> int:
+    """Several runs of one method: ``overopt.png`` and ``.json``."""
+    from lightning_align.lab.figures import png
+    from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences, summarise
+    from lightning_align.lab.summary import to_json
+
+    if len({run.resolve() for run in options.run}) < len(options.run):
+        raise UserError("a run is given twice: a run is one seed, give it once")
+    seeds = analyse_seeds(curves, form=options.form, free_start=options.intercept == "free")
+    outputs = {
+        out / "overopt.png": png(draw_seeds(seeds)),
+        out / "overopt.json": to_json(summarise(seeds, options.run)).encode(),
+    }
+    write_all(outputs)
+    print("\n".join([headline(seeds), *(f"  {told}" for told in sentences(seeds))]))
     print(f"wrote {', '.join(map(str, outputs))}")
     return 0
 

@@ -158,7 +158,7 @@ def test_the_curve_does_not_need_torch(run: Path) -> None:
     ("argv", "message"),
     [
         (["overop"], "unknown lab command 'overop'; did you mean 'overopt'? (there are: overopt, frontier,"),
-        (["overopt"], "the following arguments are required: run (see lightning-align lab overopt --help)"),
+        (["overopt"], "the following arguments are required: RUN (see lightning-align lab overopt --help)"),
         (["overopt", "runs/pp0"], "runs/pp0 does not exist: give a run directory, or a CSV"),
         (["overopt", "runs"], "runs has no metrics.csv; it holds the runs ppo: give one of them"),
         (["overopt", "runs/ppo", "--form", "dpo"], "argument --form: invalid choice: 'dpo'"),
