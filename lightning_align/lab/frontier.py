@@ -91,8 +91,8 @@ class Track:
     def gain_error(self, shares: Array) -> float:
         """Standard error of the gain of a mixture of points over the start.
 
-        0 at the start itself. Over paired prompts where their values are known, else as if both were measured on prompts
-        of their own.
+        0 at the start itself. Over paired prompts where their values are known, else as if both were measured on
+        prompts of their own.
         """
         used = [(share, point) for share, point in zip(shares, self.points, strict=True) if share != 0]
         if all(point is self.start for _, point in used):
