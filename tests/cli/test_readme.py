@@ -55,6 +55,8 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
         sweep(scratch.root / "runs", name)
     loaded, path = set(sys.modules), list(sys.path)
     yield scratch
+    for left in (scratch.root / "runs").glob("*/measured.*"):  # by lab frontier --recompute, beside runs that stay
+        left.unlink()
     sys.path[:] = path
     for name in set(sys.modules) - loaded:
         if name.startswith("my_package"):
