@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_align.lab.overopt import Interval
-from lightning_align.lab.regret import regrets
+from lightning_align.lab.regret import pooled, regrets
 from lightning_align.lab.runs import Curve, Point
 from lightning_align.lab.select import (
     POLICIES,
@@ -257,3 +257,95 @@ def test_regret_hides_gold_and_the_own_fit() -> None:
     alone, silent = regrets([simulated(0)])
     assert "peak" not in {row.policy for row in alone}
     assert "fitted peak" in silent["peak"]
+
+
+def family(seed: int, runs: int, noise_of_heldout: float) -> list[Curve]:
+    """Runs of one law, α 0.8 and β 0.6, that end in a deep fall; gold too is measured with noise."""
+    generator = np.random.default_rng(seed)
+    curves = []
+    for number in range(runs):
+        d = np.linspace(0.0, 5.0 + generator.uniform(-0.5, 0.5), 16)
+        law = np.where(d > 0, d * (0.8 - 0.6 * np.log(np.maximum(d, 1e-9))), 0.0)
+        gold = law + generator.normal(0, 0.03, len(d))
+        heldout = law + generator.normal(0, noise_of_heldout, len(d))
+        curves.append(
+            Curve(
+                f"run {number}",
+                [
+                    Point(
+                        i, kl=float(x * x), proxy=float(np.tanh(x)), gold=float(g), gold_se=0.03,
+                        heldout=float(h), heldout_se=noise_of_heldout, win_rate=float(0.5 + 0.1 * h),
+                    )
+                    for i, (x, g, h) in enumerate(zip(d, gold, heldout, strict=True))
+                ],
+            )
+        )  # fmt: skip
+    return curves
+
+
+def test_opt_5_every_policy_is_listed_and_heldout_beats_last_over_families() -> None:
+    """The mean regret over 20 families of 5 runs, policy by policy."""
+    means: dict[str, list[float]] = {}
+    for seed in range(20):
+        table, silent = regrets(family(seed, 5, 0.2), budget=4.0)
+        assert [row.policy for row in table] == [*POLICIES, "last"]
+        assert not silent
+        assert all(len(row.values) == 5 and row.mean.n == 5 for row in table)
+        for row in table:
+            means.setdefault(row.policy, []).append(row.mean.value)
+    mean = {policy: float(np.mean(values)) for policy, values in means.items()}
+    assert mean["gold"] < mean["peak"] < mean["heldout"] < 0.5 * mean["last"]
+    by_law = 0.6 * math.exp(0.8 / 0.6 - 1) - 5.0 * (0.8 - 0.6 * math.log(5.0))  # at the peak less at the mean end
+    assert mean["last"] == pytest.approx(by_law, abs=0.1)
+    assert all(value >= 0 for values in means.values() for value in values)
+
+
+def test_only_gold_sees_gold() -> None:
+    """With other gold scores the others choose as before: their regret is what the new scores say of that choice."""
+    curves = family(0, 3, 0.1)
+    chosen = {policy: [select(c, policy, budget=4.0, peak=PEAK).point.step for c in curves] for policy in POLICIES}
+    upside_down = [replace(c, points=[replace(p, gold=-p.gold) for p in c.points]) for c in curves]
+    table, _ = regrets(upside_down, budget=4.0)
+    for row in table:
+        if row.policy in ("heldout", "winrate", "knee", "budget"):
+            for number, curve in enumerate(upside_down):
+                golds = {p.step: p.gold for p in curve.points}
+                assert row.values[number] == max(golds.values()) - golds[chosen[row.policy][number]]
+
+
+def test_regret_ignores_row_order_and_points_without_gold() -> None:
+    curves = family(1, 4, 0.1)
+    mixed = []
+    for seed, curve in enumerate(curves):
+        more = [*curve.points, Point(99, kl=1.0, proxy=50.0, heldout=50.0), Point(98, kl=math.nan, gold=math.nan)]
+        mixed.append(replace(curve, points=random.Random(seed).sample(more, len(more))))
+    assert regrets(mixed)[0] == regrets(curves)[0]
+    assert regrets([*curves, Curve("no gold", [Point(0, kl=1.0, proxy=1.0)])])[0] == regrets(curves)[0]
+
+
+def test_pooled_peaks_are_the_geometric_mean_with_students_interval() -> None:
+    peaks = [KnownPeak(Interval(d, d, d), Interval(gain, gain, gain), "a") for d, gain in ((1.0, 0.2), (4.0, 0.6))]
+    together = pooled(peaks)
+    assert together is not None
+    assert together.d.estimate == pytest.approx(2.0)
+    reach = 12.7062 * math.log(4.0) / 2  # t of one degree of freedom, times the standard error of two logarithms
+    assert math.log(together.d.high) == pytest.approx(math.log(2.0) + reach, rel=1e-4)
+    assert together.gain.estimate == pytest.approx(0.4)
+    assert pooled(peaks[:1]) == peaks[0]
+    assert pooled([]) is None
+
+
+def test_the_file_that_is_named_keeps_to_the_budget() -> None:
+    curve = measured([0.0, 1.0, 2.0, 3.0], proxy=[0.0, 1.0, 2.0, 3.0])
+    curve.checkpoints = {0: Path("0"), 3: Path("3")}
+    assert select(curve, "budget", budget=2.5).checkpoint_step == 0
+    assert select(curve, "budget", budget=9.0).checkpoint_step == 3
+    curve.checkpoints = {3: Path("3")}
+    assert select(curve, "budget", budget=2.5).checkpoint is None
+
+
+def test_kl_that_goes_back_is_no_trouble() -> None:
+    """A run that returned: the larger step has the smaller KL."""
+    curve = measured([0.0, 4.0, 1.0], proxy=[0.0, 2.0, 1.5], gold=[0.0, 1.0, 1.0], gold_se=[0.1, 0.1, 0.1])
+    assert select(curve, "gold").point.step == 2
+    assert select(curve, "budget", budget=9.0).point.step == 1
