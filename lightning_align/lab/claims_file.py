@@ -77,17 +77,18 @@ def _read(source: str, place: str, row: Any) -> Claim:
     for name in needed + (() if "scaling" in given else ("measure", "a")):
         if name not in given:
             raise fault(source, f"{place}.{name}", "is missing")
-    texts = [given[name] for name in needed]
-    for name, text in zip(needed, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise fault(source, f"{place}.{name}", f"is {text!r}: give a text")
+    for name in needed:
+        if not isinstance(given[name], str) or not given[name].strip():
+            raise fault(source, f"{place}.{name}", f"is {given[name]!r}: give a text")
+    texts = {name: given[name] for name in needed}
     if "scaling" in given:
         if given["scaling"] not in SCALING or {"measure", "a", "b", "expect", "margin"} & set(given):
             raise fault(
                 source, f"{place}.scaling", f"is one of {', '.join(SCALING)}, and brings measure and arms along"
             )
         empty = Measure("metric", name=f"lab scaling {given['scaling']}")
-        return Claim(*texts, empty, Arm(f"lab scaling {given['scaling']}"), scaling=given["scaling"])
+        arm = Arm(f"lab scaling {given['scaling']}")
+        return Claim(**texts, measure=empty, a=arm, scaling=given["scaling"])
     expect = given.get("expect", "more")
     if expect not in get_args(Expect):
         raise fault(source, f"{place}.expect", f"is {expect!r}: give one of {', '.join(get_args(Expect))}")
@@ -97,12 +98,12 @@ def _read(source: str, place: str, row: Any) -> Claim:
     if (expect == "equal") != (margin > 0):
         raise fault(source, f"{place}.margin", "belongs to expect: equal, which needs one above 0")
     return Claim(
-        *texts,
-        read_measure(source, f"{place}.measure", given["measure"]),
-        _arm(source, f"{place}.a", given["a"]),
-        _arm(source, f"{place}.b", given["b"]) if "b" in given else None,
-        expect,
-        float(margin),
+        **texts,
+        measure=read_measure(source, f"{place}.measure", given["measure"]),
+        a=_arm(source, f"{place}.a", given["a"]),
+        b=_arm(source, f"{place}.b", given["b"]) if "b" in given else None,
+        expect=expect,
+        margin=float(margin),
     )
 
 

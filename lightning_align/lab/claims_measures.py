@@ -1,6 +1,7 @@
 """What is measured of a finished run as one number: a metric, or a place on its curve of gold over KL or samples."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ WHOLE = {
 }
 CHANGE = "gold_change"  # with two KLs: from the one to the other, fixed beforehand, so that chance can raise it too
 TAKES = {"last": -1, "first": 0}
-REDUCERS = {"max": np.max, "min": np.min, "mean": np.mean, "std": np.std}
+REDUCERS: dict[str, Callable[..., Any]] = {"max": np.max, "min": np.min, "mean": np.mean, "std": np.std}
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def load_entries(runs: Sequence[Path], *, kl: float, samples: float) -> list[Ent
         if not own:
             raise UserError(f"{run} has no measured checkpoints: run lab frontier --recompute on it first")
     check_alike({str(run): own[-1]["settings"] for run, own in rows.items()})
-    entries = []
+    entries: list[Entry] = []
     for run, own in rows.items():
         drawn = read_episodes(run)
         within = [row for row in own if row["metrics"]["kl"]["value"] <= kl and drawn.get(row["step"], 0.0) <= samples]
@@ -102,11 +102,16 @@ def load_entries(runs: Sequence[Path], *, kl: float, samples: float) -> list[Ent
 
 def _values(row: Mapping[str, Any], cost: Mapping[str, float]) -> dict[str, Estimate]:
     found = {
-        name: Estimate(m["value"], *(math.nan if end is None else end for end in m["ci"]), m["n"], m["se"] or math.nan)
+        name: Estimate(m["value"], _number(m["ci"][0]), _number(m["ci"][1]), m["n"], _number(m["se"]))
         for name, m in row["metrics"].items()
         if name in COLUMNS and m["value"] is not None
     }
     return found | {name: Estimate(value, math.nan, math.nan, 1) for name, value in cost.items()}
+
+
+def _number(value: float | None) -> float:
+    """JSON has null for what is none."""
+    return math.nan if value is None else value
 
 
 def _cost(run: Path) -> dict[str, float]:

@@ -277,7 +277,8 @@ def _interaction(at: dict[int, list[Law]], gain: Callable[[Law], float]) -> Arra
             slope = slopes([law for law in own if law.measured.seed == seed], ln_reward, gain)
             pairs += [(math.log(level), float(slope[0]))] if len(slope) else []
         if len(pairs) > 1:
-            found.append(float(np.polyfit(*np.array(pairs).T, 1)[0]))
+            x, y = np.array(pairs).T
+            found.append(float(stats.linregress(x, y).slope))
     return np.array(found)
 
 

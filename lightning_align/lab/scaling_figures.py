@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -84,7 +85,7 @@ def _curves(
     return figure
 
 
-def _line(ax: Axes, laws: Sequence[Law], colour: str, dash: object, mark: str, label: str) -> None:
+def _line(ax: Axes, laws: Sequence[Law], colour: str, dash: Any, mark: str, label: str) -> None:
     if not laws:
         return
     for law in laws:
@@ -92,7 +93,7 @@ def _line(ax: Axes, laws: Sequence[Law], colour: str, dash: object, mark: str, l
         ax.plot(run.d, run.gold - run.start, mark, color=colour, markersize=3, alpha=0.55, markeredgewidth=0)
     grid = np.linspace(0, min(float(law.measured.d.max()) for law in laws), 80)
     mean = np.mean([law.fit(grid) for law in laws], axis=0)
-    ax.plot(grid, mean, color=colour, linestyle=dash, linewidth=2, label=label)  # type: ignore[arg-type]
+    ax.plot(grid, mean, color=colour, linestyle=dash, linewidth=2, label=label)
 
 
 def _gains(laws: Sequence[Law], title: str) -> Figure:

@@ -156,5 +156,6 @@ def _read_table(path: Path) -> tuple[list[Measured], list[str]]:
             left_out.append(str(error))
             continue
         d, gold = np.array(far).reshape(-1, 2).T
-        runs.append(Measured(*(int(size) for size in sizes), seed, d, gold, start))
+        reward, comparisons, policy = map(int, sizes)
+        runs.append(Measured(reward, comparisons, policy, seed, d, gold, start))
     return runs, left_out

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_align.callbacks.stop import StopOverOptimisation, peak_kl
+from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
 
 STOP = "lightning_align.callbacks.stop.StopOverOptimisation"
@@ -91,6 +92,11 @@ def test_heldout_ends_the_run_after_patience_falls_and_it_stays_ended(world: Any
     assert expected_stop(whole, 2) == end
     world.fork(options, "--resume", name=whole.path.name)
     assert max(evaluations(whole, "eval/lab/kl")) == end
+    assert command(["lab", "select", str(whole.path)]) == 0  # which finds the same scores by itself
+    (chosen,) = json.loads((whole.path / "selection.json").read_text())["runs"]
+    scores = evaluations(whole, "eval/rewards/heldout/mean")
+    assert chosen["policy"] == "heldout"
+    assert chosen["step"] <= max(scores, key=lambda step: scores[step])
     first = world.fit({**options, "model.iterations": end - 1})  # it ends with one fall behind it
     assert expected_stop(first, 2) is None
     world.fork(options, "--resume", name=first.path.name)
@@ -120,6 +126,13 @@ def test_what_cannot_be_judged_is_one_line(
 ) -> None:
     run = world.fit({**drifting, "model.iterations": 1, **changes}, code=2)
     assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not run.path.exists()
+
+
+def test_an_offline_method_is_refused(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"model": "SFTModule", "model.model": "@sft", "data": "SFTDataModule", "data.path": "@sft.jsonl"}
+    run = world.fit({**options, "data.val_path": "@sft_val.jsonl", **callback(policy="budget", kl=1.0)}, code=2)
+    assert "StopOverOptimisation is for online methods" in capsys.readouterr().err
     assert not run.path.exists()
 
 
