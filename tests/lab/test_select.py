@@ -199,6 +199,8 @@ def test_peak_is_clamped_and_never_beyond_what_was_trained() -> None:
     curve = measured([0.0, 1.0, 2.0, 2.6, 9.0], proxy=[0.0, 1.0, 2.0, 3.0, 4.0])
     choice = select(curve, "peak", peak=PEAK)
     assert (choice.point.kl, choice.gold, choice.gain) == (2.0, PEAK.gain, True)
+    lopsided = measured([1.15**2, 1.88**2], proxy=[0.0, 1.0])  # the first is nearer, and outside the interval
+    assert select(lopsided, "peak", peak=PEAK).point.step == 1
     far = KnownPeak(Interval(9.0, 8.0, 10.0), PEAK.gain, "another")
     beyond = select(curve, "peak", peak=far)
     assert beyond.point.kl == 9.0
