@@ -1,1 +1,1 @@
-"""Lightning callbacks: progress, export, and the guard against NaN."""
+"""Lightning callbacks: progress, export, the guard against NaN, and stopping when a reward is exploited."""
