@@ -14,7 +14,7 @@ from lightning_align.lab.findings import number
 
 # a mark each, for those who see no colours
 VERDICTS = {"supported": ("#1d7a5f", "o"), "contradicted": ("#9c3d7c", "X"), "undecided": (COLOURS["muted"], "D")}
-WORDS = {"more": "more than", "less": "less than", "equal": "about as much as"}
+HEIGHT, BELOW_TEXT = -0.3, 0.68  # of the bars, from −1 to 1, and of what may stand under the words, from 0 to 1
 COLUMNS = 62  # letters of a hypothesis in a line
 NOTE = (
     "Bars: 95 % intervals over seeds (Student), each on a scale of its own; the upright line is no effect, grey is "
@@ -52,12 +52,12 @@ def _bar(ax: Axes, result: Result) -> None:
     ax.set_ylim(-1, 1)
     ax.axis("off")
     if margin:
-        ax.axvspan(-margin, margin, color=COLOURS["shade"], linewidth=0)
-    ax.axvline(0, color=COLOURS["muted"], linewidth=0.9)
+        ax.axvspan(-margin, margin, ymax=BELOW_TEXT, color=COLOURS["shade"], linewidth=0)
+    ax.axvline(0, ymax=BELOW_TEXT, color=COLOURS["muted"], linewidth=0.9)
     if math.isfinite(effect.low):
-        ax.plot([effect.low, effect.high], [0, 0], color=colour, linewidth=2.2, solid_capstyle="butt")
+        ax.plot([effect.low, effect.high], [HEIGHT, HEIGHT], color=colour, linewidth=2.2, solid_capstyle="butt")
     if math.isfinite(effect.value):
-        ax.plot(effect.value, 0, mark, color=colour, markersize=6.5, markeredgecolor=COLOURS["paper"])
+        ax.plot(effect.value, HEIGHT, mark, color=colour, markersize=6.5, markeredgecolor=COLOURS["paper"])
     ax.text(
         0, 0.98, f"{result.verdict}: {told(result)}", transform=ax.transAxes, va="top", ha="left", size=WIDE.font * 0.8,
         color=colour,
