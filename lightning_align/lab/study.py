@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_align.errors import UserError
-from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page
+from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page, seeds
 from lightning_align.lab.analysis import Analysis, analyse
 from lightning_align.lab.claims import assess, from_scaling
 from lightning_align.lab.claims import headline as claims_headline
@@ -22,7 +22,7 @@ from lightning_align.lab.claims_page import sections as claims_sections
 from lightning_align.lab.evaluation.intervals import Estimate
 from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import conclude, kl_text, number
-from lightning_align.lab.frontier import common_kl, load_tracks, summarise
+from lightning_align.lab.frontier import MOST_METHODS, common_kl, load_tracks, summarise
 from lightning_align.lab.grid import Cell, load_grid
 from lightning_align.lab.page import table
 from lightning_align.lab.regret import regrets
@@ -82,10 +82,10 @@ def load_study(folders: Sequence[Path]) -> Study:
     return Study(folders, cells, curves)
 
 
-def _curve(run: Path) -> Curve | None:
+def _curve(run: Path, source: str = "auto") -> Curve | None:
     """Of a run that measured a true score at two checkpoints or more; None of others, such as pre-training."""
     try:
-        curve = load_curve(run)
+        curve = load_curve(run, source=source)
     except UserError:
         return None
     return curve if sum(math.isfinite(point.gold) for point in curve.points) >= FEWEST_POINTS else None
@@ -113,10 +113,33 @@ def _guarded(name: str, build: Callable[[], Part]) -> Part:
 
 
 def frontier_part(study: Study) -> Part:
-    """Gold over KL, samples and proxy of all methods."""
-    tracks = load_tracks(_needed(study.runs))
+    """Gold over KL, samples and proxy of all methods, as far as one picture holds them and they were measured alike."""
+    _needed(study.runs)
+    best = {
+        method: max(point.gold for _, curve in own for point in curve.points if math.isfinite(point.gold))
+        for method, own in study.curves.items()
+    }
+    alike, source = _alike(study)
+    shown = sorted(alike, key=lambda method: -best[method])[:MOST_METHODS]
+    tracks = load_tracks([cell.run for method in alike if method in shown for cell, _ in alike[method]], source=source)
     summary = summarise(tracks, common_kl(tracks), None)
-    return Part("Frontier", frontier_words.headline(summary), frontier_page.sections(tracks, summary))
+    rest = [method for method in study.curves if method not in shown]
+    note = f"Not in this picture: {', '.join(rest)}." if rest else ""
+    html = frontier_page.sections(tracks, summary)
+    return Part("Frontier", frontier_words.headline(summary), [*html, f'<p class="note">{escape(note)}</p>'])
+
+
+def _alike(study: Study) -> tuple[dict[str, Sequence[tuple[Cell, Curve]]], str]:
+    """The methods whose runs were all measured afterwards, or else those that were all evaluated in training."""
+    measured = {m: own for m, own in study.curves.items() if all(curve.source == "measured" for _, curve in own)}
+    if len(measured) == len(study.curves):
+        return measured, "auto"
+    evaluated = {
+        method: own
+        for method, own in study.curves.items()
+        if all(curve.source == "eval" or _curve(cell.run, "eval") is not None for cell, curve in own)
+    }
+    return (evaluated, "eval") if evaluated else (dict(study.curves), "auto")
 
 
 def _needed(runs: Sequence[Path]) -> Sequence[Path]:
@@ -128,27 +151,42 @@ def _needed(runs: Sequence[Path]) -> Sequence[Path]:
 
 
 def overopt_part(study: Study) -> Part:
-    """Proxy and gold over KL of one run of each method, with the fit, and what the model said on the way."""
+    """Gold over KL of each method with its law: over its runs, or of the one run with the proxy above it."""
     _needed(study.runs)
     html: list[str] = []
-    kinds: list[str] = []
-    for number_, (method, own) in enumerate(study.curves.items()):
+    told: list[str] = []
+    for index, (method, own) in enumerate(study.curves.items()):
         cell, curve = own[0]
         analysis = analyse(curve)
-        finding = conclude(analysis)
-        kinds.append(f"{method}: {finding.headline[0].lower()}{finding.headline[1:]}")
-        if number_ >= MOST_PICTURES:
+        heading, picture, text = _law([one for _, one in own], analysis, f"o{index}")
+        told.append(f"{method}: {heading[0].lower()}{heading[1:]}")
+        if index >= MOST_PICTURES:
             continue
-        opened = " open" if number_ == 0 else ""
-        text = " ".join(finding.sentences)
+        opened = " open" if index == 0 else ""
         html.append(
-            f"<details{opened}><summary><h3>{escape(method)}: {escape(finding.headline)}</h3></summary>"
-            f"{_picture(analysis, f'o{number_}')}<p>{escape(text)}</p>{answers(analysis)}"
+            f"<details{opened}><summary><h3>{escape(method)}: {escape(heading)}</h3></summary>{picture}"
+            f"<p>{escape(text)}</p>{answers(analysis)}"
             f'<p class="note"><code>{escape(str(cell.run))}</code></p></details>'
         )
     if len(study.curves) > MOST_PICTURES:
-        html.append(f'<p class="note">{len(study.curves) - MOST_PICTURES} more methods are in the table of runs.</p>')
-    return Part("Over-optimisation", kinds[0], html)
+        listed = "".join(f"<li>{escape(line)}</li>" for line in told[MOST_PICTURES:])
+        html.append(f"<ul>{listed}</ul>")
+    return Part("Over-optimisation", told[0], html)
+
+
+def _law(curves: Sequence[Curve], analysis: Analysis, name: str) -> tuple[str, str, str]:
+    """Heading, picture and sentences: of several runs together where they have a law, else of the first."""
+    if len(curves) > 1:
+        try:
+            several = seeds.analyse_seeds(curves)
+        except UserError:
+            pass  # too few points in each: the first run is shown by itself
+        else:
+            heading = seeds.headline(several)
+            picture = svg(seeds.draw_seeds(several), "seeds", escape(heading), prefix=name)
+            return heading, f"<figure>{picture}</figure>", " ".join(seeds.sentences(several))
+    finding = conclude(analysis)
+    return finding.headline, _picture(analysis, name), " ".join(finding.sentences)
 
 
 def _picture(analysis: Analysis, name: str) -> str:
@@ -169,12 +207,17 @@ def select_part(study: Study) -> Part:
         [escape(row.policy), number(row.mean.value, 3), _ends(row.mean), str(len(row.values))]
         for row in sorted(found, key=lambda row: row.mean.value)
     ]
-    least = min((row for row in found if row.policy != "gold"), key=lambda row: row.mean.value, default=found[0])
+    most = max(len(row.values) for row in found)
+    usual = [row for row in found if row.policy != "gold" and 2 * len(row.values) > most]  # not of a few runs alone
+    least = min(usual, key=lambda row: row.mean.value, default=found[0])
     told = f"without a true score {least.policy} gives away least, {number(least.mean.value)} on average"
     head = ["policy", "mean regret", "95 % interval", "runs"]
     caption = "Regret: highest true score of a run minus that of the checkpoint that the policy keeps"
     note = "".join(f" {policy}: {reason}." for policy, reason in silent.items())
-    about = "gold is judged by the scores it chose by, and flattered. last is what one keeps without choosing."
+    about = (
+        "gold is judged by the scores it chose by, and flattered; so is a win rate that the true score judged. last "
+        "keeps what training ended with."
+    )
     return Part("When to stop", told, [table(caption, head, rows), f'<p class="note">{escape(about + note)}</p>'])
 
 
