@@ -180,7 +180,7 @@ def summarise(seeds: Seeds, runs: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def draw_seeds(seeds: Seeds) -> Figure:
+def draw_seeds(seeds: Seeds, *, with_title: bool = True) -> Figure:
     """Gain over the start of every run, the joint law with its band, and its peak."""
     with mpl.rc_context(style(WIDE.font)):
         figure = Figure(figsize=(WIDE.width, 4.6), layout="constrained")
@@ -213,8 +213,9 @@ def draw_seeds(seeds: Seeds) -> Figure:
         ax.set_ylim(max(low, -3.0), high)
         ax.set_ylabel("true score minus its start")
         ax.legend(frameon=False, fontsize="small", loc="lower left")
-        wrapped = "\n".join(textwrap.wrap(headline(seeds), TITLE_COLUMNS))
-        figure.suptitle(wrapped, x=0.012, ha="left", weight="bold", size=WIDE.font * 1.28)
+        if with_title:
+            wrapped = "\n".join(textwrap.wrap(headline(seeds), TITLE_COLUMNS))
+            figure.suptitle(wrapped, x=0.012, ha="left", weight="bold", size=WIDE.font * 1.28)
         over = "over runs" if joint.over_runs else "from the points alone"
         note = f"Dots: checkpoints. Line: {FORMULAS[seeds.form]}, d = √KL, fitted to all; band: 95 % interval {over}."
         figure.supxlabel(

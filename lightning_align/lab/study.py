@@ -183,7 +183,7 @@ def _law(curves: Sequence[Curve], analysis: Analysis, name: str) -> tuple[str, s
             pass  # too few points in each: the first run is shown by itself
         else:
             heading = seeds.headline(several)
-            picture = svg(seeds.draw_seeds(several), "seeds", escape(heading), prefix=name)
+            picture = svg(seeds.draw_seeds(several, with_title=False), "seeds", escape(heading), prefix=name)
             return heading, f"<figure>{picture}</figure>", " ".join(seeds.sentences(several))
     finding = conclude(analysis)
     return finding.headline, _picture(analysis, name), " ".join(finding.sentences)
