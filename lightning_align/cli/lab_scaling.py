@@ -15,14 +15,16 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from lightning_align.lab.figures import png
-    from lightning_align.lab.scaling import STATEMENTS, assess
+    from lightning_align.lab.scaling import fit_laws, missing_cells
+    from lightning_align.lab.scaling_claims import STATEMENTS, assess
     from lightning_align.lab.scaling_figures import draw
     from lightning_align.lab.scaling_runs import read_sweep
     from lightning_align.lab.scaling_words import summarise, to_csv, told
     from lightning_align.lab.summary import to_json
 
     runs, left_out = read_sweep(options.run)
-    laws, findings = assess(runs)
+    laws = fit_laws(runs)
+    findings = assess(laws)
     out = options.out or (options.run.parent if options.run.is_file() else options.run)
     outputs = {
         out / "scaling.json": to_json(summarise(laws, findings, left_out)).encode(),
@@ -33,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
     print(f"{len(laws)} runs, {sum(law.censored is not None for law in laws)} with a censored peak")
     for reason in left_out:
         print(f"  left out: {reason}")
+    for cell in missing_cells(laws):
+        print(f"  missing: {cell}")
     for finding in findings:
         print(f"  {finding.claim} {STATEMENTS[finding.claim]}: {finding.verdict} ({told(finding)}); {finding.reason}")
     print(f"wrote {', '.join(map(str, outputs))}")

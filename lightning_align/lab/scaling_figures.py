@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
@@ -12,7 +13,8 @@ from matplotlib.figure import Figure
 
 from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, bare, style
 from lightning_align.lab.frontier_figures import STYLES
-from lightning_align.lab.scaling import STATEMENTS, Finding, Law, measure_of_gain
+from lightning_align.lab.scaling import Law, measure_of_gain, policy_sweep, reward_sweep
+from lightning_align.lab.scaling_claims import STATEMENTS, Finding
 
 KL_TICKS = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 
@@ -20,8 +22,7 @@ KL_TICKS = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 def draw(laws: Sequence[Law], findings: Sequence[Finding]) -> dict[str, Figure]:
     """Pictures by name, those for which there is a sweep."""
     found = {finding.claim: finding for finding in findings}
-    by_reward = [law for law in laws if law.measured.run in found["S1"].runs or not found["S1"].runs]
-    by_policy = [law for law in laws if law.measured.run in found["S3"].runs and found["S3"].runs]
+    by_reward, by_policy = reward_sweep(laws), policy_sweep(laws)
     figures = {}
     if len({(law.measured.reward_parameters, law.measured.comparisons) for law in by_reward}) > 1:
         figures["rewards"] = _curves(
@@ -74,7 +75,7 @@ def _curves(
             ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
             if heading:
                 ax.set_title(heading.format(value), loc="left", size="medium", weight="bold")
-            for key, (colour, dash, mark) in zip(lines, STYLES, strict=False):
+            for key, (colour, dash, mark) in zip(lines, cycle(STYLES), strict=False):
                 own = [law for law in laws if panel(law) == value and line(law) == key]
                 _line(ax, own, colour, dash, mark, label.format(size(key)))
             ax.set_ylabel("gain in true score")
@@ -89,8 +90,7 @@ def _line(ax: Axes, laws: Sequence[Law], colour: str, dash: Any, mark: str, labe
     if not laws:
         return
     for law in laws:
-        run = law.measured
-        ax.plot(run.d, run.gold - run.start, mark, color=colour, markersize=3, alpha=0.55, markeredgewidth=0)
+        ax.plot(law.measured.d, law.gains, mark, color=colour, markersize=3, alpha=0.55, markeredgewidth=0)
     grid = np.linspace(0, min(float(law.measured.d.max()) for law in laws), 80)
     mean = np.mean([law.fit(grid) for law in laws], axis=0)
     ax.plot(grid, mean, color=colour, linestyle=dash, linewidth=2, label=label)
@@ -105,7 +105,7 @@ def _gains(laws: Sequence[Law], title: str) -> Figure:
         bare(ax)
         ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
         levels = sorted({law.measured.comparisons for law in laws})
-        for level, (colour, dash, mark) in zip(levels, STYLES, strict=False):
+        for level, (colour, dash, mark) in zip(levels, cycle(STYLES), strict=False):
             own = [law for law in laws if law.measured.comparisons == level]
             sizes = sorted({law.measured.reward_parameters for law in own})
             means = [np.mean([gain(law) for law in own if law.measured.reward_parameters == n]) for n in sizes]
@@ -131,7 +131,7 @@ def _losses(laws: Sequence[Law], title: str) -> Figure:
         ax = figure.subplots()
         bare(ax)
         ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
-        for number, (colour, _, mark) in zip(sorted({law.measured.seed for law in known}), STYLES, strict=False):
+        for number, (colour, _, mark) in zip(sorted({law.measured.seed for law in known}), cycle(STYLES), strict=False):
             own = [law for law in known if law.measured.seed == number]
             ax.plot([law.measured.reward_loss for law in own], [gain(law) for law in own], mark, color=colour,
                     markersize=6, label=f"seed {number}")  # fmt: skip

@@ -4,22 +4,28 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from lightning_align.data.sources import PLAYGROUND
 from lightning_align.errors import UserError
 from lightning_align.lab.grid import SEED, Cell, load_grid
-from lightning_align.lab.overopt import SMALLEST_D
+from lightning_align.lab.overopt import SMALLEST_D, Array
 from lightning_align.lab.runs import Curve, Table, load_curve
-from lightning_align.lab.scaling import Measured
-from lightning_align.run.directory import METRICS_FILE, MODEL, is_run, read_status
+from lightning_align.lab.scaling import FEWEST_POINTS, Measured
+from lightning_align.playground import annotator_agreement
+from lightning_align.run.directory import CONFIG_FILE, METRICS_FILE, MODEL, is_run, read_status
 
 EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # what is not counted: Gao et al. leave embeddings out
-REWARD_LOSS = "eval/loss"
+REWARD_LOSS, REWARD_ACCURACY = "eval/loss", "eval/accuracy"
 COLUMNS = ("reward_parameters", "comparisons", "policy_parameters", "seed", "step", "kl", "gold")
+LOSS_COLUMN = "reward_loss"  # of another trainer's CSV, if it has it
+LABELS = ("seed", "temperature", "noise", "ties", "aspect", "quality", "unsafe", "families")  # what labels depend on
 
 
 def read_sweep(place: Path) -> tuple[list[Measured], list[str]]:
@@ -41,6 +47,9 @@ def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
         if "reward" not in parents or "model" not in parents:
             continue  # pre-training, SFT, reward models: no part of what is compared
         try:
+            for option, place in parents.items():
+                if not is_run(place):
+                    raise UserError(f"{cell.run}: its {option}, {place}, is no longer there")
             curve = load_curve(cell.run)
             runs.append(_measured(cell, curve, parents))
         except UserError as error:
@@ -55,45 +64,74 @@ def _parents(cell: Cell, folder: Path) -> dict[str, Path]:
         place = Path(parent["run"])
         if not is_run(place) and folder.name in place.parts:
             place = folder.joinpath(*place.parts[place.parts.index(folder.name) + 1 :])
-        if is_run(place):
-            found[str(parent["option"]).rsplit(".", 1)[-1]] = place
+        found[str(parent["option"]).rsplit(".", 1)[-1]] = place
     return found
 
 
 def _measured(cell: Cell, curve: Curve, parents: Mapping[str, Path]) -> Measured:
     reward = parents["reward"]
-    start, far = split(cell.run, [(p.d, p.gold) for p in curve.points])
+    start, far = split(cell.run, [(p.d, p.gold, p.gold_se) for p in curve.points])
     return Measured(
         reward_parameters=parameters(reward / MODEL),
         comparisons=_comparisons(reward),
         policy_parameters=parameters(parents["model"] / MODEL),
         seed=cell.axes.get(SEED, "0"),
-        d=np.array([d for d, _ in far]),
-        gold=np.array([gold for _, gold in far]),
+        d=far[:, 0],
+        gold=far[:, 1],
         start=start,
+        gold_se=far[:, 2],
         reward_loss=_last(reward, REWARD_LOSS),
+        reward_accuracy=_last(reward, REWARD_ACCURACY),
+        label_entropy=_label_entropy(reward),
+        seconds=cell.seconds,
         run=cell.run,
     )
 
 
-def split(where: object, points: Sequence[tuple[float, float]]) -> tuple[float, list[tuple[float, float]]]:
-    """The score at the start, and the points (d, gold) far enough from it for the law.
+def split(where: object, points: Sequence[tuple[float, float, float]]) -> tuple[float, Array]:
+    """The score at the start, and the points (d, gold, its standard error) far enough from it for the law ``[n, 3]``.
 
     Raises:
-        UserError: There is no score at KL 0.
+        UserError: There is no score at KL 0, or there are too few distances for a law.
     """
-    known = [(d, gold) for d, gold in points if math.isfinite(d) and math.isfinite(gold)]
-    near = [gold for d, gold in known if d < SMALLEST_D]
+    known = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
+    near = [gold for d, gold, _ in known if d < SMALLEST_D]
     if not near:
         raise UserError(f"{where} has no true score at the start (KL below {SMALLEST_D**2:g}): evaluate at step 0")
-    return near[0], [(d, gold) for d, gold in known if d >= SMALLEST_D]
+    far = [point for point in known if point[0] >= SMALLEST_D]
+    if (count := len({d for d, _, _ in far})) < FEWEST_POINTS:
+        raise UserError(
+            f"{where} has a true score at {count} distances from the start, and a law needs {FEWEST_POINTS}: "
+            "train longer, or evaluate more often"
+        )
+    return near[0], np.array(far, dtype=np.float64)
 
 
 def _comparisons(reward: Path) -> int:
     data = read_status(reward).get("data") or {}
     if data.get("kind") not in ("preference", "ranked") or not isinstance(data.get("kept"), int):
         raise UserError(f"{reward} does not say how many comparisons it learnt from: is it a reward model's run?")
-    return int(data["kept"])
+    pairs = (data.get("notes") or {}).get("pairs")  # those of the training split; of rankings, all that they hold
+    return pairs if isinstance(pairs, int) else int(data["kept"])
+
+
+def _label_entropy(reward: Path) -> float:
+    """The lowest loss that the playground's annotator allows on the held-out comparisons; 0 for other data."""
+    path = reward / CONFIG_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged ({error}): restore it") from error
+    data = ((content or {}).get("data") or {}).get("init_args") or {}
+    if data.get("path") != PLAYGROUND or data.get("val_path") not in (None, PLAYGROUND):
+        return 0.0
+    options = {name: value for name, value in (data.get("playground") or {}).items() if name in LABELS}
+    return _entropy(json.dumps(options, sort_keys=True))
+
+
+@cache
+def _entropy(options: str) -> float:
+    return annotator_agreement(**json.loads(options)).entropy
 
 
 def _last(run: Path, column: str) -> float:
@@ -148,14 +186,14 @@ def _read_table(path: Path) -> tuple[list[Measured], list[str]]:
         ordered = sorted(own, key=lambda index: table.number(index, "step"))
         kls = [table.number(index, "kl") for index in ordered]
         golds = [table.number(index, "gold") for index in ordered]
-        points = [(math.sqrt(kl) if kl >= 0 else math.nan, gold) for kl, gold in zip(kls, golds, strict=True)]
+        points = [(math.sqrt(kl) if kl >= 0 else math.nan, gold, math.nan) for kl, gold in zip(kls, golds, strict=True)]
         where = f"{path}, the run of line {table.lines[own[0]]}"
         try:
             start, far = split(where, points)
         except UserError as error:
             left_out.append(str(error))
             continue
-        d, gold = np.array(far).reshape(-1, 2).T
         reward, comparisons, policy = map(int, sizes)
-        runs.append(Measured(reward, comparisons, policy, seed, d, gold, start))
+        loss = table.number(own[0], LOSS_COLUMN) if LOSS_COLUMN in table.header else math.nan
+        runs.append(Measured(reward, comparisons, policy, seed, far[:, 0], far[:, 1], start, reward_loss=loss))
     return runs, left_out

@@ -2,32 +2,30 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_align.lab.findings import number
-from lightning_align.lab.scaling import (
-    STATEMENTS,
-    Finding,
-    Law,
-    coefficient_laws,
-    foretell_largest,
-    loss_law,
-)
+from lightning_align.lab.scaling import Law, missing_cells, reward_sweep
+from lightning_align.lab.scaling_claims import STATEMENTS, Finding
+from lightning_align.lab.scaling_laws import coefficient_laws, foretell_largest, joint_law, loss_law
 
 COLUMNS = (
-    *("reward_parameters", "comparisons", "policy_parameters", "seed", "reward_loss", "start", "points"),
-    *("alpha", "beta", "d_peak", "R_peak", "censored", "run"),
+    *("reward_parameters", "comparisons", "policy_parameters", "seed", "reward_loss", "reward_accuracy", "start"),
+    *("points", "d_max", "alpha", "beta", "d_peak", "R_peak", "censored", "seconds", "run"),
 )
 
 
 def summarise(laws: Sequence[Law], findings: Sequence[Finding], left_out: Sequence[str]) -> dict[str, Any]:
     """Content of ``scaling.json``."""
+    by_reward = reward_sweep(laws)
     return {
         "format": 1,
         "n": len(laws),
         "censored": sum(law.censored is not None for law in laws),
         "left_out": list(left_out),
+        "missing": missing_cells(laws),
         "parameters": "without embeddings",
         "claims": [
             {
@@ -43,9 +41,11 @@ def summarise(laws: Sequence[Law], findings: Sequence[Finding], left_out: Sequen
             }
             for finding in findings
         ],
-        "coefficients": coefficient_laws(laws),
-        "largest_foretold": foretell_largest(laws),
-        "reward_loss": loss_law(laws),
+        "coefficients": coefficient_laws(by_reward),
+        "joint": joint_law(by_reward),
+        "largest_foretold": foretell_largest(by_reward),
+        "reward_loss": loss_law(by_reward),
+        "seconds": math.fsum(run.measured.seconds for run in laws),
         "runs": [dict(zip(COLUMNS, _row(law), strict=True)) for law in laws],
     }
 
@@ -53,8 +53,9 @@ def summarise(laws: Sequence[Law], findings: Sequence[Finding], left_out: Sequen
 def _row(law: Law) -> list[Any]:
     run = law.measured
     return [
-        *(run.reward_parameters, run.comparisons, run.policy_parameters, run.seed, run.reward_loss, run.start),
-        *(len(run.d), law.fit.alpha, law.fit.beta, law.peak_d, law.peak_gain, law.censored or ""),
+        *(run.reward_parameters, run.comparisons, run.policy_parameters, run.seed, run.reward_loss),
+        *(run.reward_accuracy, law.start, len(run.d), float(run.d.max()), law.fit.alpha, law.fit.beta),
+        *(law.peak_d, law.peak_gain, law.censored or "", run.seconds),
         str(run.run) if run.run is not None else "",
     ]
 
