@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         **{out / f"scaling_{name}.png": png(figure) for name, figure in draw(laws, findings).items()},
     }
     write_all(outputs)
-    print(f"{len(laws)} runs, {sum(law.censored is not None for law in laws)} with a censored peak")
+    censored = sum(law.censored is not None for law in laws)
+    print(f"{len(laws)} run{'s' * (len(laws) != 1)}, {censored} with a censored peak")
     for reason in left_out:
         print(f"  left out: {reason}")
     for cell in missing_cells(laws):

@@ -1,7 +1,7 @@
 """How over-optimisation scales with reward-model size, its data and the policy's size: Gao et al. 2022, section 3.
 
-Each run of a sweep gets a law R(d) = d(α − β ln d). A peak that no checkpoint reached, or that lies before the first, is
-censored: it never enters as a number, and what is compared then is the gain at a distance that all runs reach.
+Each run of a sweep gets a law R(d) = d(α − β ln d). A peak that no checkpoint reached, or that lies before the first,
+is censored: it never enters as a number, and what is compared then is the gain at a distance that all runs reach.
 """
 
 import math
@@ -29,10 +29,10 @@ class Measured:
         d: Distances √KL of its checkpoints ``[n]``, all of at least :data:`~.overopt.SMALLEST_D`.
         gold: True scores there ``[n]``.
         start: True score of the policy before training, as this run measured it.
-        gold_se: Standard errors of ``gold`` ``[n]``; None if unknown.
         reward_loss: Validation loss of the reward model; NaN if unknown.
         reward_accuracy: Its accuracy there; NaN if unknown.
         label_entropy: Lowest loss that the labels allow; 0 if unknown.
+        gold_se: Standard errors of ``gold`` ``[n]``; None if unknown.
         seconds: That training the policy took; NaN if unknown.
         run: Where it lies.
     """
@@ -44,10 +44,10 @@ class Measured:
     d: Array
     gold: Array
     start: float
-    gold_se: Array | None = None
     reward_loss: float = math.nan
     reward_accuracy: float = math.nan
     label_entropy: float = 0.0
+    gold_se: Array | None = None
     seconds: float = math.nan
     run: Path | None = None
 

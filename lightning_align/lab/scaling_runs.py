@@ -44,12 +44,13 @@ def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
     runs, left_out = [], []
     for cell in load_grid(folder):
         parents = _parents(cell, folder)
-        if "reward" not in parents or "model" not in parents:
+        if "reward" not in parents:
             continue  # pre-training, SFT, reward models: no part of what is compared
         try:
-            for option, place in parents.items():
-                if not is_run(place):
-                    raise UserError(f"{cell.run}: its {option}, {place}, is no longer there")
+            if not is_run(parents["reward"]):
+                raise UserError(f"{cell.run}: its reward model's run is gone: {parents['reward']}")
+            if "model" not in parents:
+                raise UserError(f"{cell.run} did not start from a run: the size of its policy is not known")
             curve = load_curve(cell.run)
             runs.append(_measured(cell, curve, parents))
         except UserError as error:
