@@ -212,6 +212,16 @@ def test_slopes_within_groups_are_those_of_least_squares() -> None:
         assert intercept == pytest.approx(wanted[1:].mean())
 
 
+def test_starts_are_averaged_over_the_runs_of_a_policy_size() -> None:
+    """What a run's own start was off by does not enter its law, nor does another policy's start."""
+    exact = [run(np.random.default_rng(10), seed, noise=0.0) for seed in range(3)]
+    off = [replace(one, start=one.start + error) for one, error in zip(exact, (-0.1, 0.0, 0.1), strict=True)]
+    other = replace(exact[0], policy_parameters=1_000, gold=exact[0].gold + 1.0, start=1.5)
+    laws = fit_laws([*off, other])
+    assert [law.start for law in laws] == pytest.approx([0.5, 0.5, 0.5, 1.5])
+    assert [law.fit.alpha for law in laws] == pytest.approx([0.8] * 4)
+
+
 def test_a_trend_over_sizes() -> None:
     """Page's test: three seeds in the expected order have one chance in 6³."""
     laws = fit_laws([run(np.random.default_rng(5), seed, size=size) for seed in range(3) for size in SIZES])
