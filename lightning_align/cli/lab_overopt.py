@@ -86,15 +86,15 @@ def main(argv: Sequence[str]) -> int:
 def _seeds(options: Namespace, curves: "Sequence[Curve]", out: Path) -> int:
     """Several runs of one method: ``overopt.png`` and ``.json``."""
     from lightning_align.lab.figures import png
-    from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences, summarise
-    from lightning_align.lab.summary import to_json
+    from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences
+    from lightning_align.lab.summary import summarise_seeds, to_json
 
     if len({run.resolve() for run in options.run}) < len(options.run):
         raise UserError("a run is given twice: a run is one seed, give it once")
     seeds = analyse_seeds(curves, form=options.form, free_start=options.intercept == "free")
     outputs = {
         out / "overopt.png": png(draw_seeds(seeds)),
-        out / "overopt.json": to_json(summarise(seeds, options.run)).encode(),
+        out / "overopt.json": to_json(summarise_seeds(seeds, options.run)).encode(),
     }
     write_all(outputs)
     print("\n".join([headline(seeds), *(f"  {told}" for told in sentences(seeds))]))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_align.lab.analysis import Analysis
-from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, SMALLEST_D, Interval
+from lightning_align.lab.extrapolation import FORMS, Foresight
+from lightning_align.lab.overopt import FEWEST_POINTS, FORMULAS, SMALLEST_D, FormName, Interval
 
 Kind = Literal[
     "peaks",
@@ -19,6 +20,7 @@ Kind = Literal[
     "too few",
     "no gold",
 ]
+FORM_NAMES: dict[FormName, str] = {"rl": "RL", "bon": "best-of-n"}
 FEWEST_FREEDOM = 2.0  # degrees of freedom of the noise: six checkpoints, unless their errors were measured
 TOO_FEW = (
     f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above "
@@ -47,7 +49,13 @@ class Finding:
 def conclude(analysis: Analysis) -> Finding:
     """Put an analysis into words."""
     kind = kind_of(analysis)
-    sentences = (*_about_peak(kind, analysis), *_about_end(kind, analysis), about_choice(analysis), *_caveats(analysis))
+    sentences = (
+        *_about_peak(kind, analysis),
+        *_about_end(kind, analysis),
+        *(about_foresight(found, analysis.form) for found in analysis.foresight[:1] if kind != "too few"),
+        about_choice(analysis),
+        *_caveats(analysis),
+    )
     return Finding(kind, _headline(kind, analysis), sentences)
 
 
@@ -175,6 +183,19 @@ def about_choice(analysis: Analysis) -> str:
     return (
         f"Keep {where}: the smallest KL whose true score lies within one standard error ({number(choice.se)}) "
         f"of the best, which is step {choice.best.step} (KL {kl_text(choice.best.kl)})."
+    )
+
+
+def about_foresight(found: Foresight, form: FormName) -> str:
+    """Whether the law predicts: what both forms miss the far points by, beside no change and a straight line."""
+    other = next(name for name in FORMS if name != form)
+    here, there = number(found.predicted[form], 3), number(found.predicted[other], 3)
+    verdict = "nearer than both" if found.beats_baselines(form) else "no nearer than the better of them"
+    return (
+        f"Fitted to the nearest {found.near} points, the law misses the other {found.far} by {here} (in its "
+        f"{FORM_NAMES[other]} form by {there}), no change by {number(found.constant, 3)}, a straight line by "
+        f"{number(found.linear, 3)}: {verdict}. Fitted to all, it misses them by "
+        f"{number(found.hindsight[form], 3)} ({number(found.hindsight[other], 3)})."
     )
 
 

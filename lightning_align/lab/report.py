@@ -11,14 +11,13 @@ import yaml
 from lightning_align.lab.analysis import Analysis
 from lightning_align.lab.extrapolation import FORMS, Foresight
 from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
-from lightning_align.lab.findings import Finding, kl_interval, kl_text, number
+from lightning_align.lab.findings import FORM_NAMES, Finding, kl_interval, kl_text, number
 from lightning_align.lab.overopt import FORMULAS, Interval
 from lightning_align.lab.page import page
 from lightning_align.lab.runs import Point
 
 PROMPTS_SHOWN = 5
 LONGEST_TEXT = 700  # characters of a prompt or answer
-FORM_NAMES = {"rl": "RL", "bon": "best-of-n"}
 SHARE_NAMES = {1 / 2: "half", 1 / 3: "third"}
 READING = (
     "Each dot is a checkpoint; training moves to the right, away from the model it started from. The reward is what "

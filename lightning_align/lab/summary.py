@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning_align.lab.analysis import Analysis, Place
 from lightning_align.lab.findings import ONE_RUN, Finding, about_choice
+from lightning_align.lab.joint import JointResult
 from lightning_align.lab.overopt import FORMULAS, SMALLEST_D, FormResult, Interval
 from lightning_align.lab.runs import Point
+from lightning_align.lab.seeds import Seeds, headline, sentences
 
 FORMAT = 1
 PARAMETERS = ("alpha", "beta", "d_peak", "kl_peak", "R_peak")
@@ -119,6 +121,60 @@ def _proxy(place: Place | None) -> float | None:
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:
     return asdict(interval) if interval is not None else None
+
+
+def summarise_seeds(seeds: Seeds, runs: Sequence[Path]) -> dict[str, Any]:
+    """Content of ``overopt.json`` for several runs; ``lab select --fit`` reads its peak."""
+    joint, peak = seeds.joint, seeds.peak
+    known = {"alpha": joint.alpha, "beta": joint.beta}
+    if peak is not None:
+        known |= {"d_peak": peak.d, "kl_peak": peak.kl, "R_peak": peak.reward}
+    if seeds.collapse is not None:
+        known["kl_collapse"] = seeds.collapse
+    names = ("alpha", "beta", "d_peak", "kl_peak", "R_peak", "kl_collapse")
+    return {
+        "format": FORMAT,
+        "run": ", ".join(map(str, runs)),
+        "runs": [str(run) for run in runs],
+        "n": sum(len(analysis.curve.points) for analysis in seeds.analyses),
+        "n_fitted": sum(len(analysis.fitted) for analysis in seeds.analyses),
+        "seeds": [analysis.curve.seed for analysis in seeds.analyses],
+        "left_out": list(seeds.left_out),
+        "form": seeds.form,
+        "formula": FORMULAS[seeds.form],
+        **{name: known[name].estimate if name in known else None for name in names},
+        "intervals": {name: [interval.low, interval.high] for name, interval in known.items()},
+        "over_runs": joint.over_runs,
+        "peak_status": joint.status,
+        "forms": {name: _joint_form(law) for name, law in seeds.forms.items()},
+        "ln_d_peak_of_runs": seeds.peaks.as_dict(),
+        "peak_minus_start": seeds.rises.as_dict(),
+        "end_minus_peak": seeds.falls.as_dict(),
+        "extrapolation": [asdict(found) for found in seeds.foresight],
+        "per_run": [
+            {
+                "run": analysis.curve.name,
+                "seed": analysis.curve.seed,
+                "d_peak": analysis.result.fit.peak_d if analysis.result else None,
+                "peak_status": analysis.result.status if analysis.result else None,
+                "measured_collapse_kl": analysis.measured_collapse,
+                "start_gold": analysis.start_gold,
+            }
+            for analysis in seeds.analyses
+        ],
+        "headline": headline(seeds),
+        "verdict_text": " ".join(sentences(seeds)),
+    }
+
+
+def _joint_form(law: JointResult) -> dict[str, Any]:
+    return {
+        "alpha": law.fit.alpha,
+        "beta": law.fit.beta,
+        "rmse": law.rmse,
+        "d_peak": law.fit.peak_d,
+        "peak_status": law.status,
+    }
 
 
 def to_json(content: Mapping[str, Any]) -> str:

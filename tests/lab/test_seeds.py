@@ -58,7 +58,7 @@ def test_the_interval_over_runs_holds_the_truth_and_grows_with_their_spread(law:
     assert np.mean(widths[0.06]) > 2 * np.mean(widths[0.01])
     two = analyse_seeds([curve(law, i, noise=0.02) for i in range(2)])
     assert not two.joint.over_runs
-    assert any("say nothing of other seeds" in told for told in sentences(two))
+    assert any("understate the spread between seeds" in told for told in sentences(two))
 
 
 def test_runs_that_only_rise_have_no_peak(law: Law) -> None:
