@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from lightning_align.lab.figures import png
-    from lightning_align.lab.scaling import fit_laws, missing_cells
+    from lightning_align.lab.scaling import fit_laws, missing_cells, without_law
     from lightning_align.lab.scaling_claims import STATEMENTS, assess
     from lightning_align.lab.scaling_figures import draw
     from lightning_align.lab.scaling_runs import read_sweep
@@ -24,6 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
     runs, left_out = read_sweep(options.run)
     laws = fit_laws(runs)
+    left_out += without_law(runs)
     findings = assess(laws)
     out = options.out or (options.run.parent if options.run.is_file() else options.run)
     outputs = {

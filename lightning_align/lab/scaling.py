@@ -117,6 +117,19 @@ def fit_laws(runs: Sequence[Measured]) -> list[Law]:
     return [law for law in laws if law is not None]
 
 
+def without_law(runs: Sequence[Measured]) -> list[str]:
+    """The runs that have too few distances for a law, in words."""
+    told = []
+    for run in runs:
+        if (count := len(np.unique(run.d))) < FEWEST_POINTS:
+            sizes = f"reward model of {run.reward_parameters:,}, {run.comparisons:,} comparisons"
+            where = run.run or f"{sizes}, policy of {run.policy_parameters:,}, seed {run.seed}"
+            told.append(
+                f"{where} has a true score at {count} distances from the start, and a law needs {FEWEST_POINTS}"
+            )
+    return told
+
+
 # ---------------------------------------------------------------------------------------------------------- the sweeps
 def reward_sweep(laws: Sequence[Law]) -> list[Law]:
     """Those of one policy: the one trained against most reward models, of equals the largest."""

@@ -17,7 +17,7 @@ from lightning_align.errors import UserError
 from lightning_align.lab.grid import SEED, Cell, load_grid
 from lightning_align.lab.overopt import SMALLEST_D, Array
 from lightning_align.lab.runs import Curve, Table, load_curve
-from lightning_align.lab.scaling import FEWEST_POINTS, Measured
+from lightning_align.lab.scaling import Measured
 from lightning_align.playground import annotator_agreement
 from lightning_align.run.directory import CONFIG_FILE, METRICS_FILE, MODEL, is_run, read_status
 
@@ -93,19 +93,14 @@ def split(where: object, points: Sequence[tuple[float, float, float]]) -> tuple[
     """The score at the start, and the points (d, gold, its standard error) far enough from it for the law ``[n, 3]``.
 
     Raises:
-        UserError: There is no score at KL 0, or there are too few distances for a law.
+        UserError: There is no score at KL 0.
     """
     known = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
     near = [gold for d, gold, _ in known if d < SMALLEST_D]
     if not near:
         raise UserError(f"{where} has no true score at the start (KL below {SMALLEST_D**2:g}): evaluate at step 0")
     far = [point for point in known if point[0] >= SMALLEST_D]
-    if (count := len({d for d, _, _ in far})) < FEWEST_POINTS:
-        raise UserError(
-            f"{where} has a true score at {count} distances from the start, and a law needs {FEWEST_POINTS}: "
-            "train longer, or evaluate more often"
-        )
-    return near[0], np.array(far, dtype=np.float64)
+    return near[0], np.array(far, dtype=np.float64).reshape(-1, 3)
 
 
 def _comparisons(reward: Path) -> int:

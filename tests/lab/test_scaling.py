@@ -222,6 +222,15 @@ def test_starts_are_averaged_over_the_runs_of_a_policy_size() -> None:
     assert [law.fit.alpha for law in laws] == pytest.approx([0.8] * 4)
 
 
+def test_size_that_helps_below_the_threshold_speaks_against_it() -> None:
+    generator = np.random.default_rng(14)
+    finding = judged(grid(generator, lambda n, d: (0.4 + 0.03 * n + 0.005 * n * d, 0.4), 0.001))["S2"]
+    assert finding.details["threshold"] == 1_000
+    assert finding.estimate.low > 0
+    assert finding.verdict == "contradicted"
+    assert "size helps at 100 comparisons, below the threshold of 1000" in finding.reason
+
+
 def test_a_trend_over_sizes() -> None:
     """Page's test: three seeds in the expected order have one chance in 6³."""
     laws = fit_laws([run(np.random.default_rng(5), seed, size=size) for seed in range(3) for size in SIZES])
@@ -380,6 +389,12 @@ def test_what_cannot_take_part_is_told(sweep: Path, capsys: pytest.CaptureFixtur
     assert "seed=1,size=4 has a true score at 3 distances from the start, and a law needs 4" in told
     assert len(json.loads((sweep / "scaling.json").read_text())["left_out"]) == 3
     assert not list(sweep.glob("*.png"))  # one run is no sweep
+    (sweep / "ppo" / "seed=1,size=16" / "metrics.csv").write_text("\n".join(table[:2]))  # evaluated at the start alone
+    assert command(["lab", "scaling", str(sweep)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("0 runs, 0 with a censored peak\n")
+    assert "seed=1,size=16 has a true score at 0 distances" in told
+    assert told.count(": undecided (not measured)") == 5
 
 
 def test_comparisons_and_label_entropy_are_those_of_the_reward_models_data(sweep: Path) -> None:
