@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_align.cli import main as cli
 from lightning_align.cli.pipeline import main as run_pipeline
+from lightning_align.losses.best_of_n import best_of_n, best_of_n_kl
 from lightning_align.run.logging import FileLogger
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "playground" / "quickstart.yaml"
@@ -119,6 +121,38 @@ def test_a_csv_is_read_with_named_columns_and_another_form(tmp_path: Path, capsy
     assert content["beta"] == pytest.approx(0.4)
     assert content["gold"]["start_fitted"]
     assert "d(α − β d)" in capsys.readouterr().out
+
+
+def test_best_of_n_falls_by_its_own_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """512 samples of 400 prompts whose flaws the reward likes: unbiased means for each n, KL in closed form."""
+    generator = torch.Generator().manual_seed(0)
+    quality, flaw = torch.randn(2, 400, 512, generator=generator, dtype=torch.float64)
+    proxy, true = quality + flaw, quality - 0.5 * flaw.clamp(min=0) ** 2
+    rows = ["step,kl,proxy,gold"]
+    for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
+        means = (best_of_n(proxy, values, n).mean().item() for values in (proxy, true))
+        rows.append(",".join(map(str, (n, best_of_n_kl(n), *means))))
+    (tmp_path / "best.csv").write_text("\n".join(rows))
+    assert cli.run(["lab", "overopt", str(tmp_path / "best.csv"), "--form", "bon"]) == 0
+    assert "The true score peaks at KL 1." in capsys.readouterr().out
+    content = json.loads((tmp_path / "overopt.json").read_text())
+    assert (content["form"], content["verdict"], content["chosen"]["best_iteration"]) == ("bon", "peaks", 8)
+    assert not content["gold"]["start_fitted"]  # n = 1 is the policy itself
+    assert content["kl_peak"] == pytest.approx(best_of_n_kl(8), abs=0.3)
+    assert content["forms"]["bon"]["rmse"] < content["forms"]["rl"]["rmse"]
+    half = content["extrapolation"][0]
+    assert half["predicted"]["bon"] < min(half["predicted"]["rl"], half["constant"], half["linear"])
+
+
+def test_a_pipeline_draws_several_runs_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [str(write_run(Path(f"runs/ppo{seed}"))) for seed in range(3)]
+    stages = {"together": {"lab": "overopt", "run": runs, "out": "figures"}}
+    Path("seeds.yaml").write_text(json.dumps({"name": "seeds", "stages": stages}))
+    assert run_pipeline(["--config", "seeds.yaml"]) == 0
+    content = json.loads(Path("figures/overopt.json").read_text())
+    assert (content["runs"], content["over_runs"], content["n"]) == (runs, True, 51)
+    assert Path("figures/overopt.png").is_file()
 
 
 def test_source_chooses_between_evaluations_and_training(run: Path) -> None:

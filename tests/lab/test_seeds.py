@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
+from lightning_align.lab.findings import about_foresight
 from lightning_align.lab.regret import read_peaks
 from lightning_align.lab.runs import Curve, Point
-from lightning_align.lab.seeds import analyse_seeds, headline, sentences
+from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences
+from lightning_align.lab.summary import summarise_seeds
 
 D = np.linspace(0.0, 5.0, 20)
 Law = Callable[..., np.ndarray]
@@ -66,6 +69,85 @@ def test_runs_that_only_rise_have_no_peak(law: Law) -> None:
     assert rising.peak is None
     assert rising.collapse is None
     assert "no peak of the true score can be claimed" in headline(rising)
+
+
+def test_the_fall_is_measured_from_the_common_peak(law: Law) -> None:
+    """Not from the best of each run, which stands above it by chance."""
+    runs = [curve(law, i, noise=0.1) for i in range(3)]
+    seeds = analyse_seeds(runs)
+    peak = math.exp(0.55 / 0.35 - 1)
+    true = float(law(D[-3:], 0.55, 0.35).mean() - law(np.array([peak]), 0.55, 0.35)[0])
+    assert seeds.falls.low < true < seeds.falls.high
+    assert headline(seeds) == f"Over 3 runs the true score peaks at KL {seeds.peak.kl.estimate:.1f} and then falls"  # type: ignore[union-attr]
+    for run in runs:  # one outlier far from the peak would be the best of every run
+        run.points[2] = replace(run.points[2], gold=run.points[2].gold + 0.4)
+    assert analyse_seeds(runs).falls.value == pytest.approx(seeds.falls.value, abs=0.05)
+
+
+def test_a_fall_that_differs_between_runs_by_more_than_its_size_is_no_fall_over_runs(law: Law) -> None:
+    alike, apart = (
+        analyse_seeds([curve(law, i, beta=beta, noise=0.005) for i, beta in enumerate(betas)])
+        for betas in ((0.34, 0.35, 0.36), (0.28, 0.35, 0.5))
+    )
+    assert headline(alike).endswith("and then falls")
+    assert apart.peak is not None
+    assert apart.falls.value < 0 < apart.falls.high
+    assert headline(apart).endswith("how far it falls differs between runs")
+
+
+def test_a_law_that_the_measured_scores_do_not_follow_names_no_peak(law: Law) -> None:
+    """The last checkpoints of every run are its best: the law bends down, the scores do not."""
+    runs = [curve(law, i, noise=0.005) for i in range(3)]
+    for run in runs:
+        run.points[-3:] = [replace(point, gold=run.points[0].gold + 0.8) for point in run.points[-3:]]
+    seeds = analyse_seeds(runs)
+    assert seeds.falls.value > 0
+    assert seeds.peak is None
+    assert seeds.collapse is None
+    assert "no peak of the true score can be claimed" in headline(seeds)
+
+
+def test_the_law_is_back_at_the_start_only_where_checkpoints_lie(law: Law) -> None:
+    seeds = analyse_seeds([curve(law, i, noise=0.01) for i in range(3)])
+    place = (math.e * math.exp(0.55 / 0.35 - 1)) ** 2
+    assert seeds.collapse is not None
+    assert seeds.collapse.low < seeds.collapse.estimate < seeds.collapse.high
+    assert seeds.collapse.estimate == pytest.approx(place, rel=0.05)
+    assert any("3 of 3 runs were measured back there" in told for told in sentences(seeds))
+    near = [curve(law, i, noise=0.01) for i in range(3)]
+    for run in near:
+        run.points = run.points[:15]  # to d = 3.7, short of 4.8
+    short = analyse_seeds(near)
+    assert short.peak is not None
+    assert short.collapse is None
+    content = summarise_seeds(short, [Path("a"), Path("b"), Path("c")])
+    assert content["kl_collapse"] is None
+    assert [run["measured_collapse_kl"] for run in content["per_run"]] == [None] * 3
+
+
+def test_both_forms_are_told_and_the_one_that_holds_predicts(law: Law) -> None:
+    seeds = analyse_seeds([curve(law, i, noise=0.01) for i in range(3)])
+    assert seeds.forms["rl"].rmse < seeds.forms["bon"].rmse
+    text = " ".join(sentences(seeds))
+    assert "The other form, R(d) = d(α − β d), peaks at KL" in text
+    half = seeds.foresight[0]
+    for value in (half.predicted["rl"], half.predicted["bon"], half.constant, half.linear, half.hindsight["rl"]):
+        assert f"{value:.3f}" in text
+    assert "nearer than both" in text
+    assert "in its best-of-n form" in about_foresight(half, "rl")
+    assert "in its RL form" in about_foresight(half, "bon")
+    flat = analyse_seeds([curve(lambda d, alpha, beta: np.minimum(d, 1.0), i, noise=0.01) for i in range(3)])
+    assert "no nearer than the better of them" in about_foresight(flat.foresight[0], "rl")
+
+
+def test_every_run_is_in_the_picture(law: Law) -> None:
+    runs = [curve(law, i, noise=0.01) for i in range(12)]  # more than there are colours
+    (ax,) = draw_seeds(analyse_seeds(runs)).axes
+    labels = [line.get_label() for line in ax.get_lines()]
+    assert [f"seed {i}" for i in range(12)] == [label for label in labels if str(label).startswith("seed")]
+    texts = [text.get_text() for text in ax.texts]
+    assert any(text.startswith("peak: KL 3.") for text in texts)
+    assert any(text.startswith("back at the start: KL 2") for text in texts)
 
 
 def test_runs_without_a_law_are_left_out_and_named(law: Law) -> None:
