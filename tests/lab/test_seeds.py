@@ -108,15 +108,15 @@ def test_a_law_that_the_measured_scores_do_not_follow_names_no_peak(law: Law) ->
 
 
 def test_the_law_is_back_at_the_start_only_where_checkpoints_lie(law: Law) -> None:
-    seeds = analyse_seeds([curve(law, i, noise=0.01) for i in range(3)])
-    place = (math.e * math.exp(0.55 / 0.35 - 1)) ** 2
+    seeds = analyse_seeds([curve(law, i, alpha=0.5, noise=0.01) for i in range(3)])
+    place = (math.e * math.exp(0.5 / 0.35 - 1)) ** 2
     assert seeds.collapse is not None
     assert seeds.collapse.low < seeds.collapse.estimate < seeds.collapse.high
     assert seeds.collapse.estimate == pytest.approx(place, rel=0.05)
     assert any("3 of 3 runs were measured back there" in told for told in sentences(seeds))
-    near = [curve(law, i, noise=0.01) for i in range(3)]
+    near = [curve(law, i, alpha=0.5, noise=0.01) for i in range(3)]
     for run in near:
-        run.points = run.points[:15]  # to d = 3.7, short of 4.8
+        run.points = run.points[:15]  # to d = 3.7, short of 4.2
     short = analyse_seeds(near)
     assert short.peak is not None
     assert short.collapse is None
