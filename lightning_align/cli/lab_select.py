@@ -1,14 +1,20 @@
 """``lab select``: which checkpoint of a run to keep, why, and what each policy would have cost."""
 
 import math
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_align.cli.lab_files import pair, write_all
 from lightning_align.cli.options import OptionParser
 from lightning_align.errors import UserError
 from lightning_align.run.directory import METRICS_FILE
+
+if TYPE_CHECKING:
+    from lightning_align.lab.regret import Regret
+    from lightning_align.lab.runs import Curve
+    from lightning_align.lab.select import Choice, KnownPeak
 
 HELDOUT = "heldout"
 PREFERRED = {HELDOUT: "heldout_lower", "win_rate": "length_controlled_win_rate"}  # columns that go before
@@ -16,79 +22,20 @@ PREFERRED = {HELDOUT: "heldout_lower", "win_rate": "length_controlled_win_rate"}
 
 def main(argv: Sequence[str]) -> int:
     """Write ``selection.json``, and of several runs ``regret.png``."""
-    parser = OptionParser("lab select", "Name the checkpoint to keep, and why.")
-    parser.add_argument("run", type=Path, nargs="+", help="run directories or CSVs; several are seeds of one method")
-    parser.add_argument(
-        "--policy", choices=("auto", "gold", "heldout", "winrate", "peak", "knee", "budget"), default="auto",
-        help="auto: the first of gold, heldout, winrate, peak (with --fit) and knee that the run allows",
-    )  # fmt: skip
-    parser.add_argument("--budget", type=float, metavar="KL", help="choose no checkpoint with more KL than this")
-    parser.add_argument(
-        "--fit", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="overopt.json of earlier runs"
-    )
-    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help="of CSVs")
-    parser.add_argument("--out", type=Path, help="folder to write to (default: the run; of several the current folder)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="also write the checkpoint as a Hugging Face model")
-    options = parser.parse_args(argv)
-    if options.budget is not None and not options.budget > 0:
-        raise UserError(f"--budget is {options.budget:g}: give a KL above 0")
-    if options.export is not None and len(options.run) > 1:
-        raise UserError("--export writes the checkpoint of one run: give one")
-    if options.export is not None and options.export.exists():
-        raise UserError(f"{options.export} exists: give another --export")
+    options = _options(argv)
 
     from lightning_align.lab.figures import png
-    from lightning_align.lab.heldout import TRAINED_METRIC, judged_by_gold, overlap, trained_beside
-    from lightning_align.lab.regret import as_dict, draw_regret, lines, own_peak, pooled, read_peaks, regrets
-    from lightning_align.lab.runs import Curve, Table, curve_file, load_curve
-    from lightning_align.lab.select import Choice, automatic, select
+    from lightning_align.lab.regret import as_dict, draw_regret, regrets
     from lightning_align.lab.summary import to_json
 
+    given = _given_peaks(options.fit)
     named = dict(pair(word) for word in options.columns)
-
-    def read(run: Path) -> Curve:
-        if not run.exists():
-            return load_curve(run)  # which says so
-        file = curve_file(run)
-        table = Table.read(file)
-        preferred = {key: name for key, name in PREFERRED.items() if table.count(name)}
-        if (
-            file.name == METRICS_FILE
-            and run.is_dir()
-            and table.count(TRAINED_METRIC)
-            and trained_beside(load_curve(run))
-        ):
-            preferred[HELDOUT] = TRAINED_METRIC
-        return load_curve(run, columns=preferred | named)
-
-    given, without = read_peaks(options.fit)
-    for file in without:
-        print(f"{file} has no peak and is left out")
-    if options.fit and not given:
-        raise UserError("none of the --fit files has a peak: give others, or leave --fit out")
-    curves = [read(run) for run in options.run]
-    choices: list[Choice] = []
-    for run, curve in zip(options.run, curves, strict=True):
-        peak = pooled(given)
-        if (doubt := overlap(run, curve)) is not None:
-            print(f"warning: {run}: {doubt}")
-        policy = automatic(curve, peak=peak) if options.policy == "auto" else options.policy
-        if policy == "peak" and peak is None:
-            peak = own_peak(curve)
-        try:
-            choices.append(select(curve, policy, budget=options.budget, peak=peak))
-        except ValueError as error:
-            raise UserError(f"{run}: {error}") from error
-        print("\n".join(_told(run, choices[-1])))
+    curves = [_read(run, named) for run in options.run]
+    choices = [_choose(run, curve, options, given) for run, curve in zip(options.run, curves, strict=True)]
     if options.export is not None and choices[0].checkpoint is None:
         raise UserError(f"{options.run[0]} has no checkpoint to export: give a run directory that kept some")
     table, silent = regrets(curves, budget=options.budget, given=given)
-    by_gold = [run for run, curve in zip(options.run, curves, strict=True) if judged_by_gold(run, curve)]
-    if table and by_gold:
-        print(f"warning: the true score decided who wins in {len(by_gold)} of {len(curves)} runs: winrate is flattered")
-    if table:
-        print("regret, gold of the best checkpoint minus gold of the chosen one; only gold has seen gold:")
-        print("\n".join(lines(table, silent, len(curves))))
+    _tell_regret(options.run, curves, table, silent)
     one = options.run[0] if options.run[0].is_dir() else options.run[0].parent
     out = options.out or (one if len(curves) == 1 else Path())
     content = {
@@ -111,7 +58,94 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _told(run: Path, choice: Any) -> list[str]:
+def _options(argv: Sequence[str]) -> Namespace:
+    parser = OptionParser("lab select", "Name the checkpoint to keep, and why.")
+    parser.add_argument("run", type=Path, nargs="+", help="run directories or CSVs; several are seeds of one method")
+    parser.add_argument(
+        "--policy", choices=("auto", "gold", "heldout", "winrate", "peak", "knee", "budget"), default="auto",
+        help="auto: the first of gold, heldout, winrate, peak (with --fit) and knee that the run allows",
+    )  # fmt: skip
+    parser.add_argument("--budget", type=float, metavar="KL", help="choose no checkpoint with more KL than this")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="overopt.json of earlier runs"
+    )
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help="of CSVs")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: the run; of several the current folder)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="also write the checkpoint as a Hugging Face model")
+    options = parser.parse_args(argv)
+    if options.budget is not None and not options.budget > 0:
+        raise UserError(f"--budget is {options.budget:g}: give a KL above 0")
+    if options.export is not None and len(options.run) > 1:
+        raise UserError("--export writes the checkpoint of one run: give one")
+    if options.export is not None and options.export.exists():
+        raise UserError(f"{options.export} exists: give another --export")
+    return options
+
+
+def _given_peaks(files: Sequence[Path]) -> "list[KnownPeak]":
+    """The peaks of ``--fit``; files without one are named."""
+    from lightning_align.lab.regret import read_peaks
+
+    given, without = read_peaks(files)
+    for file in without:
+        print(f"{file} has no peak and is left out")
+    if files and not given:
+        raise UserError("none of the --fit files has a peak: give others, or leave --fit out")
+    return given
+
+
+def _read(run: Path, named: Mapping[str, str]) -> "Curve":
+    """The curve of a run, with the lower bound of held-out rewards and the fairer win rate where it has them."""
+    from lightning_align.lab.heldout import TRAINED_METRIC, trained_beside
+    from lightning_align.lab.runs import Table, curve_file, load_curve
+
+    if not run.exists():
+        return load_curve(run)  # which says so
+    file = curve_file(run)
+    table = Table.read(file)
+    preferred = {key: name for key, name in PREFERRED.items() if table.count(name)}
+    in_training = file.name == METRICS_FILE and run.is_dir() and table.count(TRAINED_METRIC)
+    if in_training and trained_beside(load_curve(run)):
+        preferred[HELDOUT] = TRAINED_METRIC
+    return load_curve(run, columns={**preferred, **named})
+
+
+def _choose(run: Path, curve: "Curve", options: Namespace, given: "Sequence[KnownPeak]") -> "Choice":
+    """The choice for a run, told with what casts doubt on it."""
+    from lightning_align.lab.heldout import overlap
+    from lightning_align.lab.regret import own_peak, pooled
+    from lightning_align.lab.select import automatic, select
+
+    peak = pooled(given)
+    if (doubt := overlap(run, curve)) is not None:
+        print(f"warning: {run}: {doubt}")
+    policy = automatic(curve, peak=peak) if options.policy == "auto" else options.policy
+    if policy == "peak" and peak is None:
+        peak = own_peak(curve)
+    try:
+        choice = select(curve, policy, budget=options.budget, peak=peak)
+    except ValueError as error:
+        raise UserError(f"{run}: {error}") from error
+    print("\n".join(_told(run, choice)))
+    return choice
+
+
+def _tell_regret(
+    runs: Sequence[Path], curves: "Sequence[Curve]", table: "Sequence[Regret]", silent: Mapping[str, str]
+) -> None:
+    from lightning_align.lab.heldout import judged_by_gold
+    from lightning_align.lab.regret import lines
+
+    if not table:
+        return
+    by_gold = sum(judged_by_gold(run, curve) for run, curve in zip(runs, curves, strict=True))
+    if by_gold:
+        print(f"warning: the true score decided who wins in {by_gold} of {len(curves)} runs: winrate is flattered")
+    print("regret, gold of the best checkpoint minus gold of the chosen one; only gold has seen gold:")
+    print("\n".join(lines(table, silent, len(curves))))
+
+
+def _told(run: Path, choice: "Choice") -> list[str]:
     said = [
         f"{run}: keep step {choice.point.step} (KL {choice.point.kl:.3g}), by {choice.policy}",
         f"  {choice.reason}",
@@ -128,7 +162,7 @@ def _told(run: Path, choice: Any) -> list[str]:
     return said
 
 
-def _row(run: Path, choice: Any) -> Mapping[str, Any]:
+def _row(run: Path, choice: "Choice") -> Mapping[str, Any]:
     gold = choice.gold
     return {
         "run": str(run),

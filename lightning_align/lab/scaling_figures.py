@@ -96,14 +96,22 @@ def _line(ax: Axes, laws: Sequence[Law], colour: str, dash: Any, mark: str, labe
     ax.plot(grid, mean, color=colour, linestyle=dash, linewidth=2, label=label)
 
 
+def _gain_panel(title: str, height: float, note: str) -> tuple[Figure, Axes]:
+    """A figure with one panel of gains, and a line at none."""
+    figure = _figure(title, height, note)
+    ax = figure.subplots()
+    bare(ax)
+    ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
+    ax.set_ylabel("gain in true score")
+    return figure, ax
+
+
 def _gains(laws: Sequence[Law], title: str) -> Figure:
     """The gain over reward-model size, a line for each amount of data."""
     gain, told = measure_of_gain(laws)
     with mpl.rc_context(style(WIDE.font)):
-        figure = _figure(title, 4.2, f"Dots: seeds; lines: their mean. Gain: {told}. Parameters without embeddings.")
-        ax = figure.subplots()
-        bare(ax)
-        ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
+        note = f"Dots: seeds; lines: their mean. Gain: {told}. Parameters without embeddings."
+        figure, ax = _gain_panel(title, 4.2, note)
         levels = sorted({law.measured.comparisons for law in laws})
         for level, (colour, dash, mark) in zip(levels, cycle(STYLES), strict=False):
             own = [law for law in laws if law.measured.comparisons == level]
@@ -117,7 +125,6 @@ def _gains(laws: Sequence[Law], title: str) -> Figure:
         ax.set_xticks(sizes, [size(n) for n in sizes])
         ax.minorticks_off()
         ax.set_xlabel("parameters of the reward model")
-        ax.set_ylabel("gain in true score")
         ax.legend(frameon=False, fontsize="small")
     return figure
 
@@ -127,15 +134,11 @@ def _losses(laws: Sequence[Law], title: str) -> Figure:
     known = [law for law in laws if math.isfinite(law.measured.reward_loss)]
     gain, told = measure_of_gain(known)
     with mpl.rc_context(style(WIDE.font)):
-        figure = _figure(title, 4.0, f"A dot for each reward model. Gain: {told}.")
-        ax = figure.subplots()
-        bare(ax)
-        ax.axhline(0, color=COLOURS["muted"], linewidth=0.9)
+        figure, ax = _gain_panel(title, 4.0, f"A dot for each reward model. Gain: {told}.")
         for number, (colour, _, mark) in zip(sorted({law.measured.seed for law in known}), cycle(STYLES), strict=False):
             own = [law for law in known if law.measured.seed == number]
             ax.plot([law.measured.reward_loss for law in own], [gain(law) for law in own], mark, color=colour,
                     markersize=6, label=f"seed {number}")  # fmt: skip
         ax.set_xlabel("validation loss of the reward model")
-        ax.set_ylabel("gain in true score")
         ax.legend(frameon=False, fontsize="small")
     return figure
