@@ -1,5 +1,6 @@
 """Claims of the field as experiments: two arms over several seeds, the effect with its interval, and a verdict."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lightning_align.errors import UserError
 from lightning_align.lab.claims_file import Arm, Claim
 from lightning_align.lab.claims_measures import measure
 from lightning_align.lab.evaluation.intervals import Estimate, student
-from lightning_align.lab.grid import SEED, Cell
+from lightning_align.lab.grid import Cell
 
 Verdict = Literal["supported", "contradicted", "undecided"]
+SCALING_FILE = "scaling.json"
 FEWEST_SEEDS = 3  # no verdict from fewer
 
 
@@ -129,6 +132,28 @@ def judge(effect: Estimate, expect: str, margin: float) -> tuple[Verdict, str]:
     return "undecided", "the interval holds 0"
 
 
+def assess_all(claims: Sequence[Claim], cells: Sequence[Cell], folders: Sequence[Path]) -> list[Result]:
+    """Judge all of them; the laws' verdicts come from the ``scaling.json`` of those folders that have one."""
+    laws = {law: row for folder in folders for law, row in read_scaling(folder).items()}
+    return [from_scaling(claim, laws) if claim.scaling else assess(claim, cells) for claim in claims]
+
+
+def read_scaling(folder: Path) -> dict[str, dict[str, Any]]:
+    """What ``lab scaling`` wrote of each claim; nothing without its file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / SCALING_FILE
+    if not path.is_file():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
+        return {str(row["claim"]): row for row in rows}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run lab scaling again") from error
+
+
 def from_scaling(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> Result:
     """A claim that ``lab scaling`` has judged, from the ``claims`` of its JSON."""
     row = rows.get(str(claim.scaling))
@@ -145,9 +170,3 @@ def headline(results: Sequence[Result]) -> str:
     """How many of the claims hold here."""
     counts = {name: sum(r.verdict == name for r in results) for name in ("supported", "contradicted", "undecided")}
     return f"{len(results)} claims: " + ", ".join(f"{number} {name}" for name, number in counts.items())
-
-
-def seeds(results: Sequence[Result]) -> list[str]:
-    """Labels of the seed axis in all of them."""
-    words = {word for result in results for key in result.a for word in key.split()}
-    return sorted(word.partition("=")[2] for word in words if word.startswith(f"{SEED}="))

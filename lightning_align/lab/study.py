@@ -4,7 +4,6 @@ A part whose measurements are missing says which command makes them; none is lef
 """
 
 import base64
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from lightning_align.errors import UserError
 from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page, seeds
 from lightning_align.lab.analysis import Analysis, analyse
-from lightning_align.lab.claims import assess, from_scaling
+from lightning_align.lab.claims import SCALING_FILE, assess_all, read_scaling
 from lightning_align.lab.claims import headline as claims_headline
 from lightning_align.lab.claims_file import read_claims
 from lightning_align.lab.claims_page import sections as claims_sections
@@ -29,7 +28,6 @@ from lightning_align.lab.regret import regrets
 from lightning_align.lab.report import answers
 from lightning_align.lab.runs import Curve, load_curve
 
-SCALING_FILE = "scaling.json"
 MOST_PICTURES = 12  # of over-optimisation, one a method
 FEWEST_POINTS = 2  # with a true score, of a run that takes part
 
@@ -232,7 +230,7 @@ def scaling_part(study: Study) -> Part:
         raise UserError(
             f"no {SCALING_FILE} in {', '.join(map(str, study.folders))}: run lab scaling on a sweep's folder"
         )
-    content = _json(folder / SCALING_FILE)
+    laws = read_scaling(folder).values()
     rows = [
         [
             escape(str(row["claim"])),
@@ -240,10 +238,10 @@ def scaling_part(study: Study) -> Part:
             _estimate(row),
             f'<div class="claim"><small>{escape(str(row["reason"]))}</small></div>',
         ]
-        for row in content["claims"]
+        for row in laws
     ]
     pictures = [_image(path) for path in sorted(folder.glob("scaling*.png"))]
-    told = ", ".join(f"{row['claim']} {row['verdict']}" for row in content["claims"])
+    told = ", ".join(f"{row['claim']} {row['verdict']}" for row in laws)
     return Part(
         "Scaling",
         told,
@@ -271,13 +269,7 @@ def claims_part(study: Study, path: Path | None) -> Part:
     """Claims of the field against these runs."""
     if path is None:
         raise UserError("no claims were given: --claims FILE (docs/claims.md)")
-    laws: dict[str, Any] = {}
-    for folder in study.folders:
-        if (folder / SCALING_FILE).is_file():
-            laws |= {str(row["claim"]): row for row in _json(folder / SCALING_FILE)["claims"]}
-    results = [
-        from_scaling(claim, laws) if claim.scaling else assess(claim, study.cells) for claim in read_claims(path)
-    ]
+    results = assess_all(read_claims(path), study.cells, study.folders)
     return Part("Claims", claims_headline(results), claims_sections(results))
 
 
@@ -310,13 +302,3 @@ def _end(curve: Curve | None) -> Iterable[str]:
 def _image(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): make it again") from error
-    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
-        raise UserError(f"{path} has no list of claims: make it again")
-    return content
