@@ -13,9 +13,10 @@ import pytest
 
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
-from lightning_align.lab.claims import assess, from_scaling, judge
+from lightning_align.lab.claims import Result, assess, from_scaling, judge, read_scaling
 from lightning_align.lab.claims_file import Arm, Claim, read_claims
 from lightning_align.lab.claims_measures import Measure, measure
+from lightning_align.lab.claims_page import WIDTH, bar
 from lightning_align.lab.evaluation.intervals import Estimate, student
 from lightning_align.lab.grid import load_grid
 
@@ -240,3 +241,31 @@ def test_a_claim_of_the_laws_without_them_is_undecided() -> None:
     result = from_scaling(law, {})
     assert result.verdict == "undecided"
     assert "run lab scaling" in result.reason
+
+
+def test_a_damaged_file_of_laws_is_one_line(tmp_path: Path) -> None:
+    assert read_scaling(tmp_path) == {}
+    for content in ("{", "[]", '{"claims": [{}]}'):
+        (tmp_path / "scaling.json").write_text(content)
+        with pytest.raises(UserError, match=r"scaling.json is damaged .*: run lab scaling again"):
+            read_scaling(tmp_path)
+
+
+def test_a_bar_stands_where_the_effect_is() -> None:
+    """Zero in the middle, the interval about the dot, more to the right."""
+
+    def drawn(value: float, low: float, high: float) -> tuple[float, list[float]]:
+        result = Result(claim(BEST), {}, {}, Estimate(value, low, high, 3), "undecided", "", [])
+        text = bar(result)
+        (dot,) = re.findall(r'cx="([\d.]+)"', text)
+        *_, ends = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"', text)
+        return float(dot), [float(end) for end in ends]
+
+    middle = WIDTH / 2
+    dot, (low, high) = drawn(0.2, -0.1, 0.5)
+    assert low < middle < dot < high < WIDTH
+    assert (dot - middle) / (high - middle) == pytest.approx(0.4, abs=0.01)
+    assert (middle - low) / (high - middle) == pytest.approx(0.2, abs=0.01)
+    dot, (low, high) = drawn(-2.0, -3.0, -1.0)
+    assert low < dot < high < middle
+    assert "circle" not in bar(Result(claim(BEST), {}, {}, student(np.array([])), "undecided", "", []))
