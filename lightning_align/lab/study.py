@@ -23,6 +23,7 @@ from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import conclude, kl_text, number
 from lightning_align.lab.frontier import MOST_METHODS, common_kl, load_tracks, summarise
 from lightning_align.lab.grid import Cell, load_grid
+from lightning_align.lab.heldout import judged_by_gold
 from lightning_align.lab.page import table
 from lightning_align.lab.regret import regrets
 from lightning_align.lab.report import answers
@@ -118,8 +119,11 @@ def frontier_part(study: Study) -> Part:
         for method, own in study.curves.items()
     }
     alike, source = _alike(study)
-    shown = sorted(alike, key=lambda method: -best[method])[:MOST_METHODS]
-    tracks = load_tracks([cell.run for method in alike if method in shown for cell, _ in alike[method]], source=source)
+    best_of = [path for folder in study.folders for path in sorted(folder.glob("best_of*.csv"))]
+    best_of = best_of if source == "auto" else []  # it was measured as the checkpoints were, not as in training
+    shown = sorted(alike, key=lambda method: -best[method])[: MOST_METHODS - bool(best_of)]
+    runs = [cell.run for method in alike if method in shown for cell, _ in alike[method]]
+    tracks = load_tracks(runs, source=source, best_of=best_of)
     summary = summarise(tracks, common_kl(tracks), None)
     rest = [method for method in study.curves if method not in shown]
     note = f"Not in this picture: {', '.join(rest)}." if rest else ""
@@ -153,7 +157,8 @@ def overopt_part(study: Study) -> Part:
     _needed(study.runs)
     html: list[str] = []
     told: list[str] = []
-    for index, (method, own) in enumerate(study.curves.items()):
+    farthest = sorted(study.curves.items(), key=lambda item: -_reach(item[1]))  # it shows most of what is to be seen
+    for index, (method, own) in enumerate(farthest):
         cell, curve = own[0]
         analysis = analyse(curve)
         heading, picture, text = _law([one for _, one in own], analysis, f"o{index}")
@@ -170,6 +175,10 @@ def overopt_part(study: Study) -> Part:
         listed = "".join(f"<li>{escape(line)}</li>" for line in told[MOST_PICTURES:])
         html.append(f"<ul>{listed}</ul>")
     return Part("Over-optimisation", told[0], html)
+
+
+def _reach(own: Sequence[tuple[Cell, Curve]]) -> float:
+    return max(point.kl for _, curve in own for point in curve.points)
 
 
 def _law(curves: Sequence[Curve], analysis: Analysis, name: str) -> tuple[str, str, str]:
@@ -206,15 +215,16 @@ def select_part(study: Study) -> Part:
         for row in sorted(found, key=lambda row: row.mean.value)
     ]
     most = max(len(row.values) for row in found)
-    usual = [row for row in found if row.policy != "gold" and 2 * len(row.values) > most]  # not of a few runs alone
+    seen = any(judged_by_gold(cell.run, curve) for own in study.curves.values() for cell, curve in own)
+    blind = [row for row in found if row.policy != "gold" and not (seen and row.policy == "winrate")]
+    usual = [row for row in blind if 2 * len(row.values) > most]  # not of a few runs alone
     least = min(usual, key=lambda row: row.mean.value, default=found[0])
     told = f"without a true score {least.policy} gives away least, {number(least.mean.value)} on average"
     head = ["policy", "mean regret", "95 % interval", "runs"]
     caption = "Regret: highest true score of a run minus that of the checkpoint that the policy keeps"
     note = "".join(f" {policy}: {reason}." for policy, reason in silent.items())
-    about = (
-        "gold is judged by the scores it chose by, and flattered; so is a win rate that the true score judged. last "
-        "keeps what training ended with."
+    about = "gold is judged by the scores it chose by, and flattered. last keeps what training ended with." + (
+        " The true score decided who wins: winrate is flattered, too." if seen else ""
     )
     return Part("When to stop", told, [table(caption, head, rows), f'<p class="note">{escape(about + note)}</p>'])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_align.cli.main import run as command
+from lightning_align.lab.measured import append_row, write_table
 from lightning_align.lab.study import load_study, parts
 
 ATTACK = "<script>alert('x')</script>"
@@ -98,3 +99,24 @@ def test_what_cannot_be_reported_is_refused(study: Path, tmp_path: Path, capsys:
     ):
         assert command(["lab", "report", *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_what_was_measured_afterwards_takes_part(study: Path) -> None:
+    """Best-of-n stands beside the methods, and a win rate that gold judged is no way to do without it."""
+    for name in ("ppo/seed=0", "ppo/seed=1", "dpo/seed=0", "dpo/seed=1"):
+        rows = []
+        for step, (kl, gold) in enumerate(((0.0, 1.0), (1.0, 1.5), (4.0, 1.2))):
+            values = {"kl": kl, "proxy": float(step), "gold": gold, "win_rate": gold / 3}
+            metrics = {key: {"value": v, "ci": [v, v], "n": 8, "se": 0.1} for key, v in values.items()}
+            row = {"step": step, "checkpoint": "c", "fingerprint": "f", "settings": {"judge": "gold"}}
+            rows.append({**row, "metrics": metrics, "per_prompt": {}, "answers": []})
+            append_row(study / name, rows[-1])
+        write_table(study / name, rows, {})
+    (study / "best_of.csv").write_text("step,kl,proxy,gold\n1,0,0,1\n2,0.19,1,1.6\n4,0.64,2,1.9\n")
+    found = {part.name: part for part in parts(load_study([study]), kl=2.0, claims=None)}
+    assert "best-of-n gains most" in found["Frontier"].headline
+    stop = found["When to stop"]
+    assert "winrate" not in stop.headline
+    assert "winrate" in stop.html[0]
+    assert "winrate is flattered, too" in stop.html[1]
+    assert "leads within KL 2 with 1.50, not clear of" in found["Leaderboard"].headline
