@@ -118,6 +118,7 @@ def draw_leaderboard(rows: Mapping[str, Mapping[str, Estimate]], title: str) -> 
             ax.plot(estimate.value, place, "o", color=colour, markersize=7)
             if method == START:
                 ax.axvline(estimate.value, color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (2, 2)), zorder=0)
+        ax.set_ylim(-0.5, len(known) - 0.5)
         ax.set_yticks(range(len(known)), [method for method, _ in reversed(known)])
         ax.tick_params(axis="y", labelcolor=COLOURS["ink"])
         ax.set_xlabel(f"{COLUMNS[name][0]}, 95 % interval")
