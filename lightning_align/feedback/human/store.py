@@ -119,8 +119,9 @@ class Store:
     def add(self, prompt: Prompt, answers: Sequence[Completion], place: str) -> bool:
         """Add an item; False if the same one, with the same answers in any order, is there."""
         key = item_key(prompt, answers)
-        row = (key, _dump(prompt), _dump(list(answers)), place, self.plan.wanted(key), self.plan.turn(key))
         with self._writing() as database:
+            wanted = self.plan.wanted(database.execute("SELECT count(*) FROM prompts").fetchone()[0])
+            row = (key, _dump(prompt), _dump(list(answers)), place, wanted, self.plan.turn(key))
             cursor = database.execute(
                 "INSERT INTO prompts (key, prompt, answers, place, wanted, turn) VALUES (?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (key) DO NOTHING",

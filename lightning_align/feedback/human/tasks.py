@@ -1,5 +1,6 @@
 """What a person is asked and what a person says: plain values without a database or a page."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,10 +44,14 @@ class Plan:
         if self.annotators_per_prompt < 2:
             raise UserError(f"--annotators_per_prompt is {self.annotators_per_prompt}: give at least 2, or --overlap 0")
 
-    def wanted(self, prompt_key: str) -> int:
-        """How many annotators are to judge a prompt; says the same whichever other prompts there are."""
-        share = int(key_of("overlap", self.seed, prompt_key), 16) / 16**32
-        return self.annotators_per_prompt if share < self.overlap else 1
+    def wanted(self, number: int) -> int:
+        """How many annotators are to judge the prompt that came as ``number``, from 0.
+
+        Those that overlap come at equal distances, so that their share is exact for any number of prompts.
+        """
+        start = int(key_of("overlap", self.seed), 16) / 16**32
+        is_shared = math.floor(start + (number + 1) * self.overlap) > math.floor(start + number * self.overlap)
+        return self.annotators_per_prompt if is_shared else 1
 
     def turn(self, prompt_key: str) -> str:
         """What prompts are sorted by before they are handed out."""
