@@ -8,6 +8,7 @@ from lightning_align.errors import UserError, nearest
 COMMANDS = {
     "ai": "a judge compares answers: preferences with soft labels",
     "export": "what people judged: rankings or preferences, and how far they agree",
+    "human": "people rank answers on a local page",
     "revise": "a model criticises and revises its answers under a constitution: demonstrations",
 }
 

@@ -13,7 +13,15 @@ from lightning_align.data.report import Report, count
 from lightning_align.data.sources import available_splits, open_source
 from lightning_align.errors import UserError, nearest
 
-__all__ = ["Loaded", "available_splits", "detect_kind", "detect_source_kind", "first_fields", "load_records"]
+__all__ = [
+    "Loaded",
+    "available_splits",
+    "detect_kind",
+    "detect_source_kind",
+    "fields_of",
+    "first_fields",
+    "load_records",
+]
 OnBadRecord = Literal["error", "skip"]
 
 
@@ -96,7 +104,7 @@ def first_fields(
     bad: Row | None = None
     for row in open_source(path, wanted, split, None).rows:
         if not isinstance(row.fields, RecordError):
-            return _fields(row, columns or {})
+            return fields_of(row, columns or {})
         bad = bad or row
     if bad is not None:
         raise UserError(f"{bad.place}: {bad.fields}; no other record can be read either")
@@ -128,7 +136,7 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], path: str) -
             raise UserError(f"{path} has no column {theirs!r} for {ours}{hint}")
 
 
-def _fields(row: Row, columns: Mapping[str, str]) -> Record:
+def fields_of(row: Row, columns: Mapping[str, str]) -> Record:
     """The fields of a row under our names; a null is no value, because tables fill up with nulls."""
     assert not isinstance(row.fields, RecordError)
     renamed = {name: value for name, value in row.fields.items() if name not in columns.values()}
@@ -165,7 +173,7 @@ class _Reader:
     def _row(self, row: Row) -> tuple[Kind, list[Item]]:
         if isinstance(row.fields, RecordError):
             raise row.fields
-        fields = _fields(row, self.columns)
+        fields = fields_of(row, self.columns)
         found = source_kind(self.wanted, fields)
         if found is None or (found != self.wanted and not derivable(found, self.wanted)):
             raise missing(self.wanted, fields)

@@ -1,6 +1,6 @@
 """Pairs of answers that a judge is to label: those of records, or sampled ones; and the records that they become."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,15 +75,19 @@ def pairs_of_preferences(records: Sequence[Mapping[str, Any]], *, seed: int = 0)
     return pairs
 
 
-def sampled_pairs(
+def sampled_texts(
     model: LanguageModel,
     records: Sequence[Mapping[str, Any]],
     params: SamplingParams,
     journal: Journal,
     *,
     seed: int = 0,
-) -> Labelled:
-    """``params.num_samples / 2`` pairs of samples to each prompt; what the journal has is not sampled again."""
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[list[str]]:
+    """``params.num_samples`` answers to each prompt, none where one failed; what the journal has is not sampled again.
+
+    ``progress`` hears how many prompts were sampled, each time some were.
+    """
     prompts = [record["prompt"] for record in records]
     settings = ("samples", model.key(), asdict(params), seed)
     keys = [key_of(*settings, number, prompt) for number, prompt in enumerate(prompts)]
@@ -95,14 +99,27 @@ def sampled_pairs(
         texts = [None if reply.failed else reply.text for reply in replies]
         own = {row: texts[n * params.num_samples : (n + 1) * params.num_samples] for n, row in enumerate(rows)}
         journal.add({keys[row]: {"texts": found} for row, found in own.items() if None not in found})
+        progress(len(rows))
+    return [journal[key]["texts"] if key in journal else [] for key in keys]
+
+
+def sampled_pairs(
+    model: LanguageModel,
+    records: Sequence[Mapping[str, Any]],
+    params: SamplingParams,
+    journal: Journal,
+    *,
+    seed: int = 0,
+) -> Labelled:
+    """``params.num_samples / 2`` pairs of samples to each prompt; see :func:`sampled_texts`."""
     pairs = Labelled()
-    for prompt, key in zip(prompts, keys, strict=True):
-        found = journal[key]["texts"] if key in journal else []
+    for record, found in zip(records, sampled_texts(model, records, params, journal, seed=seed), strict=True):
+        prompt = record["prompt"]
         for first, second in zip(found[::2], found[1::2], strict=True):
             if first.strip() == second.strip() or not (first.strip() and second.strip()):
                 pairs.num_equal += 1
             else:
-                pairs.add(prompt, _answer(prompt, first), _answer(prompt, second), float("nan"), {})
+                pairs.add(prompt, answer_to(prompt, first), answer_to(prompt, second), float("nan"), {})
     return pairs
 
 
@@ -118,5 +135,6 @@ def _said(answer: Completion) -> str:
     return answer if isinstance(answer, str) else "\n\n".join(str(turn["content"]) for turn in answer)
 
 
-def _answer(prompt: Prompt, text: str) -> Completion:
+def answer_to(prompt: Prompt, text: str) -> Completion:
+    """A sampled text in the form of its prompt."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text.strip()}]

@@ -178,6 +178,14 @@ class Store:
             judged = self._judged(row[0], annotator)
         return self.item(row[0]), next(aspect for aspect in self.plan.aspects if aspect not in judged)
 
+    def is_handed_out(self, item: int, annotator: str) -> bool:
+        """Whether an item was given to an annotator."""
+        with self._lock:
+            found = self._database.execute(
+                "SELECT 1 FROM assignments WHERE prompt = ? AND annotator = ?", (item, annotator)
+            ).fetchone()
+        return found is not None
+
     def _judged(self, prompt: int, annotator: str) -> dict[str, str | None]:
         """Aspects that an annotator has judged, with the reason where it was skipped."""
         return dict(

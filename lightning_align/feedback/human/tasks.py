@@ -109,7 +109,7 @@ class Verdict:
                 raise ValueError("a skip has a reason and no ranking")
         elif len(self.ranks) != num_answers:
             raise ValueError(f"{len(self.ranks)} of {num_answers} answers are ranked: rank all of them, or skip")
-        elif set(self.ranks) != set(range(1, max(self.ranks) + 1)):
+        elif sorted(set(self.ranks)) != list(range(1, len(set(self.ranks)) + 1)):
             raise ValueError(f"ranks are {list(self.ranks)}: they count from 1 without a gap")
         if self.strength is not None and (self.strength not in STRENGTHS or sorted(self.ranks) != [1, 2]):
             raise ValueError(f"strength {self.strength!r}: one of {', '.join(STRENGTHS)}, of two answers without a tie")
