@@ -2,7 +2,6 @@
 
 import sys
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +37,13 @@ def main(argv: list[str]) -> int:
         console.print(table)
     for note in notes(together):
         print(f"note: {note}")
-    counts = _counts(export)
-    print("\n".join(f"{name}: {count:,}" for name, count in counts.items()))
+    print("\n".join(_lines(export)))
     measures = beside(options.out, "agreement.json")
     aspects = {aspect: as_dict(found) for aspect, found in apart.items()}
-    write_metrics({"counts": counts, **as_dict(together), "aspects": aspects}, measures)
+    counts = {**vars(export), "kind": kind, "records": len(export.records)}
+    write_metrics({"export": counts, **as_dict(together), "aspects": aspects}, measures)
     if not export.records:
-        raise UserError(f"{options.store}: no judgement gives a record of kind {kind}; the counts above say why")
+        raise UserError(f"{options.store}: no judgement gives a record of kind {kind}; see above")
     write_records(export.records, options.out, overwrite=options.overwrite)
     print(f"wrote {len(export.records):,} records of kind {kind} to {options.out}, the measures to {measures}")
     return 0
@@ -119,18 +118,12 @@ def _export(kind: str, options: Namespace, judgements: "Sequence[Judgement]") ->
     return preferences(judgements, combine=options.combine, keep_unsafe=options.keep_unsafe)
 
 
-def _counts(export: "Export") -> dict[str, int]:
-    """What is in the records and what was left out; zeros only where they say something."""
-    left_out = Counter(
-        {
-            "left out: pairs whose better answer alone was flagged unsafe (--keep_unsafe keeps them)": export.unsafe,
-            "left out: strengths, for which these records have no place": export.strengths,
-            **{f"skipped: {reason}": count for reason, count in export.skipped.most_common()},
-        }
-    )
-    return {
-        "judgements": export.judgements,
-        "records": len(export.records),
-        "ties among them": export.ties,
-        **{name: count for name, count in left_out.items() if count},
+def _lines(export: "Export") -> list[str]:
+    """What is in the records, and what was left out, where anything was."""
+    said = {
+        "left out: pairs whose better answer alone was flagged unsafe (--keep_unsafe keeps them)": export.unsafe,
+        "left out: strengths, for which these records have no place": export.strengths,
+        **{f"skipped: {reason}": count for reason, count in export.skipped.most_common()},
     }
+    start = f"{export.judgements:,} judgements, {len(export.records):,} records, {export.ties:,} of them ties"
+    return [start, *(f"{name}: {count:,}" for name, count in said.items() if count)]

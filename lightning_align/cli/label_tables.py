@@ -39,9 +39,12 @@ def notes(panel: Panel) -> list[str]:
     found = []
     if not panel.items:
         found.append("no pair of answers was judged by two annotators: how far they agree is unknown (see --overlap)")
-    biased = [name for name, row in panel.annotators.items() if is_biased(row.first_wins)]
-    if biased:
-        found.append(f"what is shown first or last wins more often than chance for {', '.join(biased)}")
+    for place, is_so in (("first", lambda share: share > 0.5), ("last", lambda share: share < 0.5)):
+        names = [
+            name for name, row in panel.annotators.items() if is_biased(row.first_wins) and is_so(row.first_wins.value)
+        ]
+        if names:
+            found.append(f"what is shown {place} wins more often than chance for {', '.join(names)}")
     return found
 
 
