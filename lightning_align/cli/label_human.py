@@ -6,7 +6,7 @@ import os
 import sys
 import webbrowser
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,6 @@ from lightning_align.feedback.human.tasks import MOST_ANSWERS, OVERALL, Plan
 
 if TYPE_CHECKING:
     from lightning_align.feedback.human.candidates import Candidates
-    from lightning_align.feedback.human.store import Store
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -26,17 +25,22 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def main(argv: list[str]) -> int:
     """Find or sample what is to be ranked, show the links, answer until interrupted."""
     from lightning_align.feedback.human.access import tokens_of
+    from lightning_align.feedback.human.candidates import add_candidates, said_of
     from lightning_align.feedback.human.server import build_app, listen, serve
     from lightning_align.feedback.human.store import Store
 
     options = read_options(argv)
     guidelines = _guidelines(options.guidelines)
+    plan = None if options.prompts is None and options.responses is None else _plan(options)
+    if plan is None or options.store.exists():
+        Store(options.store, plan).close()  # refused before the long work, and not made before that has gone well
+    found = None if plan is None else _candidates(options)
     tokens = tokens_of(beside(options.store, "tokens.json"), options.annotators)
     with listen(options.host, options.port) as where:
-        has_candidates = options.prompts is not None or options.responses is not None
-        store = Store(options.store, _plan(options) if has_candidates else None)
-        if has_candidates:
-            _fill(store, options)
+        store = Store(options.store, plan)
+        if found is not None:
+            for line in said_of(add_candidates(store, found, most=options.num_answers, seed=options.seed)):
+                print(line)
         num_items = len(store.items())
         if not num_items:
             raise UserError(f"{options.store} holds nothing to rank: give --responses, or --prompts with --model")
@@ -140,18 +144,14 @@ def _guidelines(path: Path | None) -> str:
         raise UserError(f"cannot read {path} (--guidelines): {reason}") from error
 
 
-def _fill(store: "Store", options: Namespace) -> None:
-    """Put what the options name into the store, and say what became of it."""
+def _candidates(options: Namespace) -> "list[Candidates]":
+    """What the options name."""
     from lightning_align.cli.evaluate_data import read_columns
-    from lightning_align.feedback.human.candidates import add_candidates, read_responses, said_of
+    from lightning_align.feedback.human.candidates import read_responses
 
-    found: Iterable[Candidates]
-    if options.responses is not None:
-        found = read_responses(options.responses, split=options.split, columns=read_columns(options))[: options.limit]
-    else:
-        found = _sampled(options)
-    for line in said_of(add_candidates(store, found, most=options.num_answers, seed=options.seed)):
-        print(line)
+    if options.responses is None:
+        return _sampled(options)
+    return read_responses(options.responses, split=options.split, columns=read_columns(options))[: options.limit]
 
 
 def _sampled(options: Namespace) -> "list[Candidates]":

@@ -58,8 +58,8 @@ def _of_list(row: Row, columns: Mapping[str, str]) -> Candidates:
         if isinstance(row.fields, RecordError):
             raise row.fields
         fields = {name: value for name, value in fields_of(row, columns).items() if name not in ("ranks", "scores")}
-        if isinstance(fields.get("completions"), list):
-            fields["ranks"] = [1] * len(fields["completions"])
+        completions = fields.get("completions")
+        fields["ranks"] = [1] * len(completions) if isinstance(completions, list) else []  # such a record needs some
         (record,), _, _ = read_record("ranked", fields)
     except RecordError as error:
         raise UserError(f"{row.place}: {error}") from error

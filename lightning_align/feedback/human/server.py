@@ -129,7 +129,7 @@ def build_app(store: Store, tokens: Mapping[str, str], hosts: Sequence[str], gui
     async def judge(request: Request) -> Response:
         try:
             said = await request.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             return JSONResponse({"error": "this is no JSON"}, 400)
         if not isinstance(said, dict):
             return JSONResponse({"error": "a judgement is a mapping"}, 422)
