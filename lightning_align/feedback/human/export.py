@@ -55,7 +55,7 @@ def preferences(judgements: Iterable[Judgement], *, combine: Combine = "each", k
             ``chosen`` is what most prefer, ``soft_label`` the share of annotators who do, with a tie as half of one.
         keep_unsafe: Keeps pairs whose better answer alone was flagged unsafe, by at least half of those who judge it.
             They are left out otherwise, unless helpfulness is what was judged (Touvron et al. 2023, 2307.09288,
-            section 3.2.2: safer answers are to be preferred).
+            section 3.1: safer answers are to be preferred).
     """
     export = Export()
     groups: dict[object, list[Judgement]] = {}
