@@ -145,6 +145,14 @@ class Store:
             raise KeyError(number)
         return _item(row)
 
+    def find(self, prompt: Prompt, answers: Sequence[Completion]) -> Item | None:
+        """The item with this prompt and these answers, in any order; None if there is none."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT id, key, prompt, answers, place FROM prompts WHERE key = ?", (item_key(prompt, answers),)
+            ).fetchone()
+        return None if row is None else _item(row)
+
     # ------------------------------------------------------------------------------------------------------ handing out
     def next_task(self, annotator: str, *, now: float | None = None) -> tuple[Item, str] | None:
         """The item and the aspect that an annotator is to judge now; None if nothing is left for this one.
@@ -218,8 +226,8 @@ class Store:
         seconds: float = math.nan,
         shown: Sequence[int] | None = None,
         now: float | None = None,
-    ) -> None:
-        """Save a judgement; on return it is on disk.
+    ) -> bool:
+        """Save a judgement; on return it is on disk. False if it was there under this key, taken back or not.
 
         Args:
             key: Of this judgement alone: who is not sure that it arrived sends it again, and it counts once.
@@ -241,7 +249,7 @@ class Store:
         row = (key, item.id, annotator, aspect, now, None if math.isnan(seconds) else seconds, _dump(shown), *said)
         with self._writing() as database:
             if database.execute("SELECT 1 FROM judgements WHERE key = ?", (key,)).fetchone():
-                return
+                return False
             if aspect in self._judged(item.id, annotator):
                 raise Conflict("you have judged this before, perhaps in another tab: undo it first")
             database.execute(
@@ -250,6 +258,7 @@ class Store:
                 row,
             )
             self._settle_assignment(item.id, annotator, now)
+        return True
 
     def undo(self, annotator: str, *, now: float | None = None) -> Judgement | None:
         """Take back the annotator's last judgement that stands, which becomes the next task again; None without one."""
@@ -307,7 +316,7 @@ _COLUMNS = "id, prompt, annotator, aspect, time, seconds, shown, ranks, strength
 
 def item_key(prompt: Prompt, answers: Sequence[Completion]) -> str:
     """What tells an item from others: the prompt and its answers in any order."""
-    return key_of(prompt, sorted(map(_dump, answers)))
+    return key_of(prompt, sorted(map(key_of, answers)))
 
 
 def _item(row: Sequence[Any]) -> Item:

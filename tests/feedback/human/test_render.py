@@ -10,36 +10,9 @@ from hypothesis import strategies as st
 
 from lightning_align.feedback.human.render import LONGEST_MARKDOWN, code_css, messages, to_html
 
-HARMLESS = set(
-    [
-        "p",
-        "br",
-        "em",
-        "strong",
-        "s",
-        "code",
-        "pre",
-        "span",
-        "ul",
-        "ol",
-        "li",
-        "blockquote",
-        "hr",
-        "a",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "table",
-        "thead",
-        "tbody",
-        "tr",
-        "th",
-        "td",
-    ]
-)
+TEXT = ("p", "br", "em", "strong", "s", "code", "pre", "span", "ul", "ol", "li", "blockquote", "hr", "a")
+TABLES = ("table", "thead", "tbody", "tr", "th", "td")
+HARMLESS = {*TEXT, *TABLES, *(f"h{level}" for level in range(1, 7))}
 ATTRIBUTES = {"a": {"href", "title", "target", "rel"}, "code": {"class"}, "span": {"class"}, "ol": {"start"}}
 ATTRIBUTES |= {"td": {"style"}, "th": {"style"}}
 

@@ -104,6 +104,7 @@ function submit() {
 async function undo() {
   if (busy) return;
   busy = true;
+  paint();
   try {
     show(await ask("/api/undo", {}));
     say("Undone");
@@ -199,6 +200,7 @@ function fill() {
 }
 
 function paint() {
+  document.body.setAttribute("aria-busy", busy);
   const { progress, task } = state ?? {};
   if (progress) {
     $("bar").max = Math.max(1, progress.wanted);
@@ -376,6 +378,7 @@ document.addEventListener("pointercancel", release);
 document.addEventListener("click", (event) => {
   const handle = event.target.closest?.(".letter");
   if (handle && state?.task && !busy) toggle(Number(handle.dataset.answer));
+  if (event.detail) document.activeElement?.closest("button")?.blur(); // who uses a mouse means to save with Enter
 });
 $("submit").onclick = submit;
 $("tie").onclick = tie;
