@@ -128,13 +128,15 @@ def best_of_tables(runs: Sequence[Path], options: Namespace) -> list[Path]:
     plain = Namespace(**vars(options) | {"num_samples": options.best_of, "heldout": [], "judge": None})
     shared, seen = Shared(plain), set()
     written: list[Path] = []
-    for job in plan(runs, shared):
+    jobs = plan(runs, shared)
+    able = [job for job in jobs if {"proxy", "gold"} <= set(job.specs)]  # DPO, for one, has no reward of its own
+    if not able:
+        raise UserError(f"--best-of chooses by a reward and tells gold: {jobs[0].run} has not both (--reward, --gold)")
+    for job in able:
         key = (place_of(job.start), json.dumps(job.specs, sort_keys=True))
         if key in seen:
             continue
         seen.add(key)
-        if not {"proxy", "gold"} <= set(job.specs):
-            raise UserError(f"--best-of chooses by a reward and tells gold: {job.run} has not both (--reward, --gold)")
         _check_best_of(job, runs)
         begun = time.monotonic()
         rows = job.meter(shared).best_of()
