@@ -9,6 +9,7 @@ COMMANDS = {
     "ai": "a judge compares answers: preferences with soft labels",
     "export": "what people judged: rankings or preferences, and how far they agree",
     "human": "people rank answers on a local page",
+    "import": "what people labelled in Argilla or Label Studio: into the same store",
     "revise": "a model criticises and revises its answers under a constitution: demonstrations",
 }
 
