@@ -25,6 +25,7 @@ from lightning_align.feedback.human.tasks import Item, Verdict
 
 LONGEST_REASON = 500  # characters of a skip
 LONGEST_KEY = 64
+BACKLOG = 128  # connections that wait
 
 
 class Page:
@@ -165,6 +166,7 @@ def listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen(BACKLOG)  # whoever opens the link before the server is up waits instead of being turned away
     except (OSError, OverflowError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or error

@@ -248,8 +248,13 @@ class Store:
         said = (_dump(verdict.ranks), verdict.strength, _dump(sorted(verdict.unsafe)), verdict.skipped)
         row = (key, item.id, annotator, aspect, now, None if math.isnan(seconds) else seconds, _dump(shown), *said)
         with self._writing() as database:
-            if database.execute("SELECT 1 FROM judgements WHERE key = ?", (key,)).fetchone():
+            known = database.execute(
+                "SELECT prompt, annotator, aspect FROM judgements WHERE key = ?", (key,)
+            ).fetchone()
+            if known == (item.id, annotator, aspect):
                 return False
+            if known is not None:
+                raise ValueError("this key is that of another judgement")
             if aspect in self._judged(item.id, annotator):
                 raise Conflict("you have judged this before, perhaps in another tab: undo it first")
             database.execute(

@@ -128,6 +128,8 @@ def test_a_judgement_that_is_sent_twice_counts_once_and_another_one_is_refused(p
         store.judge("same", item, "ann", aspect, Verdict(RANKS))
     with pytest.raises(Conflict, match="judged this before"):
         store.judge("other", item, "ann", aspect, Verdict((1, 2, 3)))
+    with pytest.raises(ValueError, match="key is that of another"):
+        store.judge("same", item, "bob", aspect, Verdict(RANKS))
     (judgement,) = store.judgements()
     assert judgement.verdict.ranks == RANKS
 
