@@ -14,8 +14,11 @@ import pytest
 import yaml
 
 from lightning_align.cli.build import BASES, AlignCLI, import_methods
+from lightning_align.cli.label import check_label
 from lightning_align.cli.main import COMMANDS
 from lightning_align.cli.parsing import leaves, option_names
+from lightning_align.feedback.human.store import Store
+from lightning_align.feedback.human.tasks import Plan, Verdict
 from lightning_align.lab.claims_file import read_claims
 from lightning_align.models.architecture import read_architecture
 from lightning_align.playground import records as made
@@ -42,8 +45,8 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
     records = {name: (scratch.root / f"{name}.jsonl").read_text() for name in ("text", "sft", "preference", "prompt")}
     for name, kind in (("my_text", "text"), ("demos", "sft"), ("my_records", "sft"), ("prompts", "prompt")):
         scratch.write(f"{name}.jsonl", records[kind])
-    judged = [row for aspect in ("helpfulness", "safety") for row in made("preference", size=60, aspect=aspect)]
-    scratch.write("both.jsonl", judged)
+    both = [row for aspect in ("helpfulness", "safety") for row in made("preference", size=60, aspect=aspect)]
+    scratch.write("both.jsonl", both)
     scratch.write("thumbs.jsonl", made("unpaired", size=16))
     sums = [{"question": f"What is {n} + 1 ?", "answer": f"#### {n + 1}"} for n in range(12)]
     content = "".join(json.dumps(row) + "\n" for row in sums).encode()
@@ -53,6 +56,7 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
     make_model(scratch.root / "path" / "to" / "hf_model", tokenizer=make_tokenizer(template=chatml))
     for name in ("small", "methods", "scaling"):
         sweep(scratch.root / "runs", name)
+    judged(scratch.root / "labels.sqlite")
     loaded, path = set(sys.modules), list(sys.path)
     yield scratch
     for left in (scratch.root / "runs").glob("*/measured.*"):  # by lab frontier --recompute, beside runs that stay
@@ -61,6 +65,19 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
     for name in set(sys.modules) - loaded:
         if name.startswith("my_package"):
             del sys.modules[name]
+
+
+def judged(path: Path) -> None:
+    """A store in which two people have ranked answers of the playground."""
+    store = Store(path, Plan(overlap=1.0))
+    for row in made("ranked", size=40):
+        store.add(row["prompt"], row["completions"], "playground")
+    for name in ("ann", "bob"):
+        while (task := store.next_task(name)) is not None:
+            item, aspect = task
+            ranks = tuple(range(1, len(item.answers) + 1))
+            store.judge(f"{name} {item.id}", item, name, aspect, Verdict(ranks), seconds=3.0)
+    store.close()
 
 
 def sweep(runs: Path, name: str) -> None:
@@ -78,7 +95,7 @@ def shortened(desk: Any, words: list[str], number: int) -> list[str]:
     words = ["path/to/hf_model" if word == HUB_ID else word for word in words]
     if words[0] == "pipeline":
         return [*words, "--dry-run"]
-    if words[0] in ("evaluate", "label") or "--recompute" in words:
+    if words[0] == "evaluate" or words[:2] in (["label", "ai"], ["label", "revise"]) or "--recompute" in words:
         return [*words, "--limit=8"]
     if words[0] != "fit":
         return words
@@ -96,6 +113,9 @@ def test_commands(project: Any, page: str) -> None:
     for number, command in enumerate(commands(page)):
         if command.startswith(TOGETHER):
             words = shlex.split(command.removeprefix(TOGETHER))
+            if words[:2] == ["label", "human"]:  # it would wait for people
+                check_label(words[1:])
+                continue
             answer = project.run(*shortened(project, words, number))
             assert answer.code == 0, f"{page}: {command}\n{answer.err}"
         elif command.startswith("make "):
