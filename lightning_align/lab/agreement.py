@@ -166,10 +166,11 @@ def first_wins(judgements: Sequence[Judgement]) -> Estimate:
     The order in which answers are shown is drawn, so the variance of the share around ½ is known: that over orders,
     with the rankings as they are. The interval is Clopper and Pearson's with the number of independent pairs that has
     this variance (Korn & Graubard 1998); for judgements of two answers it is the exact binomial one. What somebody says
-    of one item under several aspects counts as one draw, because its order is the same.
+    of one item under several aspects counts as one draw, because its order is the same. Judgements whose order is not
+    known leave it.
     """
     first, decided, variance, count = 0.0, 0.0, 0.0, 0
-    ordered = sorted(judgements, key=_drawn_as)
+    ordered = sorted((judgement for judgement in judgements if judgement.shown), key=_drawn_as)
     for _, group in groupby(ordered, key=_drawn_as):
         wins = np.zeros((1, 1))  # of each shown answer over each other, +1 or −1, summed over aspects
         before = decided

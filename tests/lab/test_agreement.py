@@ -56,7 +56,7 @@ def judged(
     count = num_answers or len(ranks)
     item = Item(number, f"key {number}", f"p{number}", tuple(f"a{n}" for n in range(count)), "here")
     verdict = Verdict(tuple(ranks), None, unsafe, skipped)
-    return Judgement(item, annotator, aspect, verdict, tuple(shown or range(count)), 0.0, seconds)
+    return Judgement(item, annotator, aspect, verdict, tuple(range(count) if shown is None else shown), 0.0, seconds)
 
 
 def crowd(
@@ -190,6 +190,8 @@ def test_place_bias_has_the_variance_of_all_orders() -> None:
 def test_place_bias_of_two_answers_is_a_binomial_share() -> None:
     shown = [(0, 1)] * 9 + [(1, 0)] * 3
     found = first_wins([judged(n, "ann", (1, 2), shown=order) for n, order in enumerate(shown)])
+    unknown = [judged(20 + n, "ann", (1, 2), shown=()) for n in range(5)]
+    assert first_wins([*[judged(n, "ann", (1, 2), shown=order) for n, order in enumerate(shown)], *unknown]) == found
     expected = stats.binomtest(9, 12).proportion_ci(0.95, "exact")
     assert (found.value, found.low, found.high) == pytest.approx((0.75, expected.low, expected.high))
     assert not is_biased(found)

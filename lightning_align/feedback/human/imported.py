@@ -102,7 +102,7 @@ def put(store: Store, found: Iterable[tuple[str, Found]], source: str) -> Import
             said = sorted(zip(map(key_of, item.answers), ranks, strict=True)) if ranks else verdict.skipped
             key = key_of("import", source, item.key, annotator, said)
             try:
-                is_new = store.judge(key, item, annotator, OVERALL, moved, seconds=seconds, shown=numbers, now=time)
+                is_new = store.judge(key, item, annotator, OVERALL, moved, seconds=seconds, shown=(), now=time)
             except Conflict:
                 left_out["second judgements by the same annotator of the same answers"] += 1
             else:

@@ -126,7 +126,7 @@ class Judgement:
         annotator: Name.
         aspect: One of the plan's.
         verdict: What was said.
-        shown: Numbers of the answers from the first shown to the last ``[K]``.
+        shown: Numbers of the answers from the first shown to the last ``[K]``; empty where that is not known.
         time: When it was saved, in seconds since 1970.
         seconds: From when the page was shown until it was sent; NaN where unknown.
     """
