@@ -103,7 +103,8 @@ def _read(run: Path, named: Mapping[str, str]) -> "Curve":
         return load_curve(run)  # which says so
     file = curve_file(run)
     table = Table.read(file)
-    preferred = {key: name for key, name in PREFERRED.items() if table.count(name)}
+    pairs = [pair for key, name in PREFERRED.items() for pair in ((key, name), (f"{key}_se", f"{name}_se"))]
+    preferred = {key: name for key, name in pairs if table.count(name) and key.removesuffix("_se") not in named}
     in_training = file.name == METRICS_FILE and run.is_dir() and table.count(TRAINED_METRIC)
     if in_training and trained_beside(load_curve(run)):
         preferred[HELDOUT] = TRAINED_METRIC

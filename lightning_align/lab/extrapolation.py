@@ -45,7 +45,7 @@ class Foresight:
 
 
 def foresee(runs: Sequence[Series], share: float) -> Foresight | None:
-    """Split all points by distance, predict the farthest ``share``; None when there are too few.
+    """Split all points by distance, predict the farthest ``share``; None when too few tell two coefficients apart.
 
     A run that begins beyond the near points says nothing of its start there, and is left out if that is to be fitted.
     """
@@ -61,13 +61,18 @@ def foresee(runs: Sequence[Series], share: float) -> Foresight | None:
     distances = len(np.unique(np.concatenate([near.d for near in nears]))) if nears else 0
     if distances < FEWEST_POINTS or sum(len(far.d) for _, far in known) < 2:
         return None
+    try:
+        predicted = {form: _error(known, _law(nears, form)) for form in FORMS}
+        hindsight = {form: _error(known, _law(runs, form)) for form in FORMS}
+    except ValueError:  # one distance so far out that the others are one beside it
+        return None
     return Foresight(
         share=share,
         near=sum(len(near.d) for near in nears),
         far=sum(len(far.d) for _, far in known),
         left_out=left_out,
-        predicted={form: _error(known, _law(nears, form)) for form in FORMS},
-        hindsight={form: _error(known, _law(runs, form)) for form in FORMS},
+        predicted=predicted,
+        hindsight=hindsight,
         constant=_error(known, _stays),
         linear=_error(known, _line(nears)),
     )

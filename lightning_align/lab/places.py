@@ -9,7 +9,6 @@ from scipy import stats
 
 from lightning_align.lab.overopt import LEVEL, Interval
 from lightning_align.lab.runs import Point
-from lightning_align.lab.select import noise
 
 WINDOW = 3  # checkpoints that are averaged where two places of the curve are compared
 
@@ -25,6 +24,11 @@ class Noise:
 
     se: float
     freedom: float
+
+    def around(self, score: float) -> Interval:
+        """95 % interval of one score; without bounds where its error is not known."""
+        reach = float(stats.t.ppf((1 + LEVEL) / 2, self.freedom)) * self.se or math.inf
+        return Interval(score, score - reach, score + reach)
 
     def difference(self, after: float, count: int, before: float, count_before: int, looks: int = 1) -> Interval:
         """95 % interval of one mean minus another, of ``count`` and ``count_before`` scores.
@@ -97,13 +101,34 @@ class Places:
         return self.proxy_noise.difference(after.proxy, len(after.points), before.proxy, len(before.points))
 
 
+def noise(points: Sequence[Point], values: Sequence[float]) -> float:
+    """Standard error of one value from how it scatters about its neighbours on the curve; 0 below three points.
+
+    Each inner value is compared with the straight line between its neighbours over d (Gasser, Sroka & Jennen-Steinmetz,
+    1986). A bend of the curve counts as noise, so that few points give an estimate on the high side.
+    """
+    position = np.array([math.copysign(math.sqrt(abs(p.kl)), p.kl) for p in points])
+    order = np.lexsort((np.array([p.step for p in points]), position))
+    x, y = position[order], np.asarray(values, dtype=np.float64)[order]
+    if len(x) < 3:
+        return 0.0
+    gap = x[2:] - x[:-2]
+    left = np.where(gap > 0, (x[2:] - x[1:-1]) / np.where(gap > 0, gap, 1.0), 0.5)
+    residual = left * y[:-2] + (1 - left) * y[2:] - y[1:-1]
+    return float(np.sqrt(np.mean(residual**2 / (left**2 + (1 - left) ** 2 + 1))))
+
+
+def scattered(points: Sequence[Point], values: Sequence[float]) -> Noise:
+    """:func:`noise`; overlapping differences of neighbours hold about half as much as independent ones."""
+    return Noise(noise(points, values), max(1.0, (len(points) - 2) / 2))
+
+
 def _noise(points: Sequence[Point], values: Sequence[float], known: Sequence[float]) -> Noise:
     """Root mean square of the standard errors that were measured, else an estimate from the scatter."""
     finite = [se for se in known if math.isfinite(se)]
     if finite:
         return Noise(float(np.sqrt(np.mean(np.square(finite)))), math.inf)
-    # overlapping differences of neighbours hold about half as much as independent ones
-    return Noise(noise(points, values), max(1.0, (len(points) - 2) / 2))
+    return scattered(points, values)
 
 
 def collapse(points: Sequence[Point], start: float) -> float | None:

@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import norm
 
-from lightning_align.lab.overopt import LEVEL, Array, Interval
+from lightning_align.lab.overopt import Array, Interval
+from lightning_align.lab.places import Noise, noise, scattered
 from lightning_align.lab.runs import Curve, Point
 
 Policy = Literal["gold", "heldout", "winrate", "peak", "knee", "budget"]
@@ -42,7 +42,7 @@ class Choice:
         point: The measurement it rests on.
         policy: What chose it.
         best: The point with the best score, where one within a standard error of it was taken.
-        se: Standard error the rule allowed, for ``gold`` and ``heldout``.
+        se: Standard error the rule allowed, for ``gold``, ``heldout`` and ``winrate``.
         checkpoint: File to keep; None if the run kept none.
         checkpoint_step: Its step, which is the nearest that was saved.
         gold: Gold that is predicted there, with its 95 % interval; None where nothing is known of it.
@@ -107,10 +107,11 @@ def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: K
 # ---------------------------------------------------------------------------------------------------------- the rules
 def _by_gold(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
     point, best, se = one_standard_error(points)
-    own = point.gold_se if math.isfinite(point.gold_se) else se
-    reach = float(norm.ppf((1 + LEVEL) / 2)) * own or math.inf  # below three checkpoints the error is not known
+    scored = [p for p in points if math.isfinite(p.gold)]
+    known = point.gold_se if math.isfinite(point.gold_se) else best.gold_se
+    error = Noise(known, math.inf) if math.isfinite(known) else scattered(scored, [p.gold for p in scored])
     return Choice(
-        point, "gold", best, se, gold=Interval(point.gold, point.gold - reach, point.gold + reach),
+        point, "gold", best, se, gold=error.around(point.gold),
         reason=_within("gold score", point, best, se) + " The score there is a little flattered: it made the choice.",
     )  # fmt: skip
 
@@ -125,13 +126,11 @@ def _by_heldout(points: Sequence[Point], budget: float | None, peak: KnownPeak |
 
 
 def _by_win_rate(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
-    judged = _ordered(point for point in points if math.isfinite(point.win_rate))
-    if not judged:
+    if not any(math.isfinite(point.win_rate) for point in points):
         raise ValueError("no checkpoint has a win rate: measure one, or name its column (--columns win_rate=NAME)")
-    point = max(judged, key=lambda p: p.win_rate)
-    return Choice(
-        point, "winrate", reason=f"It wins most often against the start ({point.win_rate:.2f} of the prompts)."
-    )
+    point, best, se = one_standard_error(points, "win_rate")
+    reason = f"{_within('win rate', point, best, se)} It wins on {point.win_rate:.0%} of the prompts against the start."
+    return Choice(point, "winrate", best, se, reason=reason)
 
 
 def _by_peak(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
@@ -202,10 +201,11 @@ def one_standard_error(points: Sequence[Point], score: str = "gold") -> tuple[Po
 
     Args:
         points: The checkpoints.
-        score: ``gold`` or ``heldout``.
+        score: ``gold``, ``heldout`` or ``win_rate``.
 
     Returns:
-        The point, the best point, and the standard error used: the best point's own, else :func:`noise`.
+        The point, the best point, and the standard error used: the best point's own, else
+        :func:`~lightning_align.lab.places.noise`.
     """
     measured = _ordered(p for p in points if math.isfinite(getattr(p, score)))
     if not measured:
@@ -215,23 +215,6 @@ def one_standard_error(points: Sequence[Point], score: str = "gold") -> tuple[Po
     own = float(getattr(best, f"{score}_se"))
     se = own if math.isfinite(own) else noise(measured, [values[p] for p in measured])
     return next(p for p in measured if values[p] >= values[best] - se), best, se
-
-
-def noise(points: Sequence[Point], values: Sequence[float]) -> float:
-    """Standard error of one value from how it scatters about its neighbours on the curve; 0 below three points.
-
-    Each inner value is compared with the straight line between its neighbours over d (Gasser, Sroka & Jennen-Steinmetz,
-    1986). A bend of the curve counts as noise, so that few points give an estimate on the high side.
-    """
-    position = np.array([math.copysign(math.sqrt(abs(p.kl)), p.kl) for p in points])
-    order = np.lexsort((np.array([p.step for p in points]), position))
-    x, y = position[order], np.asarray(values, dtype=np.float64)[order]
-    if len(x) < 3:
-        return 0.0
-    gap = x[2:] - x[:-2]
-    left = np.where(gap > 0, (x[2:] - x[1:-1]) / np.where(gap > 0, gap, 1.0), 0.5)
-    residual = left * y[:-2] + (1 - left) * y[2:] - y[1:-1]
-    return float(np.sqrt(np.mean(residual**2 / (left**2 + (1 - left) ** 2 + 1))))
 
 
 def knee(points: Sequence[Point]) -> Point:

@@ -142,6 +142,19 @@ def test_lower_bounds_and_length_controlled_rates_go_first(folder: Path) -> None
         assert json.loads(Path("selection.json").read_text())["runs"][0]["step"] == step
 
 
+def test_the_fairer_win_rate_comes_with_its_own_error(folder: Path) -> None:
+    scores = {
+        "win_rate": lambda step, gold: step / 100,
+        "win_rate_se": lambda step, gold: 1.0,
+        "length_controlled_win_rate": lambda step, gold: 1 - abs(step - 8) / 100,
+        "length_controlled_win_rate_se": lambda step, gold: 0.021,
+    }
+    name = write_csv(Path("r.csv"), rows(**scores))
+    for words, step in (([], 6), (["--columns", "win_rate=win_rate"], 18)):
+        assert run(["lab", "select", name, "--policy", "winrate", *words]) == 0
+        assert json.loads(Path("selection.json").read_text())["runs"][0]["step"] == step
+
+
 def test_scores_that_are_not_numbers_and_kl_that_goes_back(folder: Path) -> None:
     content = rows()[::-1]
     best = max(content, key=lambda r: r["gold"])

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lightning_align.lab.analysis import Noise, analyse
 from lightning_align.lab.findings import conclude, kind_of, kl_text, number
 from lightning_align.lab.overopt import FormName, Interval
+from lightning_align.lab.places import Places
 from lightning_align.lab.runs import Curve, Point
 
 Law = Callable[..., Any]
@@ -249,6 +251,33 @@ def test_difference_widens_with_fewer_degrees_of_freedom_and_more_looks() -> Non
     assert widths[0] == pytest.approx(1.96 * math.sqrt(2), rel=1e-3)
     assert widths == sorted(widths)
     assert Noise(0.0, 1.0).difference(2.0, 1, 1.0, 1) == Interval(1.0, 1.0, 1.0)
+
+
+def test_the_best_of_many_looks_is_held_to_bonferronis_level() -> None:
+    interval = Noise(1.0, math.inf).difference(0.0, 2, 0.0, 4, looks=10)
+    reach = stats.norm.ppf(1 - 0.025 / 10) * math.sqrt(1 / 2 + 1 / 4)
+    assert (interval.low, interval.high) == (pytest.approx(-reach), pytest.approx(reach))
+
+
+def test_the_start_is_no_part_of_a_place_near_it() -> None:
+    points = [Point(step, kl=d * d, gold=d) for step, d in enumerate((0.0, 1.0, 3.0, 4.0))]
+    places = Places(points)
+    assert places.nearest(0.4, ()).points == (points[0],)
+    assert places.nearest(0.4, points[:1]).points == (points[1],)
+    assert places.nearest(0.4, points).points == (points[0],)  # nothing else is left
+
+
+def test_a_fitted_peak_next_to_the_start_is_measured_beside_it() -> None:
+    """α 0.02 and β 0.2: the peak lies at d = 0.41, nearest to the start of these checkpoints."""
+    d = np.array([0.0, 0.9, 1.1, 1.4, 1.8, 2.2, 2.7, 3.3])
+    gold = d * (0.02 - 0.2 * np.log(np.where(d > 0, d, 1.0)))
+    points = [
+        Point(i, kl=float(x * x), gold=float(y), gold_se=1e-4) for i, (x, y) in enumerate(zip(d, gold, strict=True))
+    ]
+    analysis = analyse(Curve("run", points))
+    assert analysis.peak is not None
+    assert points[0] not in analysis.peak.points
+    assert analysis.rise is not None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Whether a law predicts: exact where it holds, and no better than a constant where nothing can be known."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,23 @@ def test_runs_share_a_law_and_keep_their_starts() -> None:
     with_far = foresee([*runs, far], 0.5)
     assert with_far is not None
     assert with_far.left_out == 24
+
+
+def test_errors_at_the_far_points_are_weighted() -> None:
+    """Near points lie on 0, so that every prediction is 0 and the errors are the far rewards 1 and 3."""
+    d = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    run = Series(d, np.array([0.0, 0.0, 0.0, 0.0, 1.0, 3.0]), np.array([1.0, 1.0, 1.0, 1.0, 7.0, 2.0]))
+    found = foresee([run], 1 / 3)
+    assert found is not None
+    expected = math.sqrt((7 * 1**2 + 2 * 3**2) / (7 + 2))
+    for error in (found.constant, found.linear, *found.predicted.values()):
+        assert error == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("far", [1e6, 1e10, 1e60])
+def test_a_distance_far_beyond_the_others_foresees_nothing(far: float) -> None:
+    d = np.array([*D, far])
+    assert foresee([series(0.1 * d, d)], 0.5) is None
 
 
 def test_too_few_points_are_not_judged() -> None:

@@ -176,6 +176,12 @@ def test_measured_scores_are_back_at_the_start_where_they_cross_it_and_never_bey
     assert collapse([], 0.0) is None
 
 
+def test_measured_scores_cross_the_start_where_the_line_between_two_places_does() -> None:
+    line = {0.0: 0.0, 1.0: 0.6, 2.0: 0.3, 4.0: -0.1, 5.0: -0.5}  # from 0.3 to −0.1 between 2 and 4: 0 at 3.5
+    points = [Point(i, kl=d * d, gold=2.0 + gain) for i, (d, gain) in enumerate(line.items())]
+    assert collapse(points, 2.0) == pytest.approx(3.5**2)
+
+
 def test_too_few_distances_are_refused() -> None:
     with pytest.raises(ValueError, match="too few distances"):
         fit_jointly([Series(np.ones(4), np.arange(4.0), np.ones(4))], "rl")

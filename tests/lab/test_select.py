@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_align.lab.overopt import Interval
+from lightning_align.lab.places import noise
 from lightning_align.lab.regret import pooled, regrets
 from lightning_align.lab.runs import Curve, Point
 from lightning_align.lab.select import (
@@ -18,7 +19,6 @@ from lightning_align.lab.select import (
     automatic,
     choose,
     knee,
-    noise,
     one_standard_error,
     select,
 )
@@ -80,6 +80,36 @@ def test_without_errors_the_scatter_is_the_error() -> None:
     assert 0.005 < se < 0.06
     assert chosen.gold >= best.gold - se
     assert all(point.gold < best.gold - se for point in NOISY if point.kl < chosen.kl)
+
+
+def test_gold_of_the_choice_has_an_interval_of_its_own_error() -> None:
+    points = points_of([0.0, 1.0, 2.0], [0.0, 0.9, 1.0], se=0.3)
+    points[2] = replace(points[2], gold_se=0.15)
+    choice = select(Curve("run", points), "gold")
+    assert choice.best is not None
+    assert choice.gold is not None
+    assert (choice.point.step, choice.best.step, choice.se) == (1, 2, 0.15)
+    assert choice.gold.low == pytest.approx(0.9 - 1.959964 * 0.3)
+    assert choice.gold.high == pytest.approx(0.9 + 1.959964 * 0.3)
+
+
+def test_an_error_from_the_scatter_has_students_interval() -> None:
+    points = points_of([0.0, 1.0, 4.0, 9.0, 16.0, 25.0], [0.0, 0.5, 0.4, 0.7, 0.6, 0.2])
+    choice = select(Curve("run", points), "gold")
+    assert choice.gold is not None
+    reach = 4.302653 * noise(points, [point.gold for point in points])  # t of (6 − 2)/2 degrees of freedom
+    assert choice.gold.high - choice.gold.estimate == pytest.approx(reach, rel=1e-6)
+    assert choice.gold.estimate - choice.gold.low == pytest.approx(reach, rel=1e-6)
+
+
+def test_the_win_rate_has_the_one_standard_error_rule_too() -> None:
+    curve = measured([0.0, 1.0, 2.0], win_rate=[0.5, 0.68, 0.7], win_rate_se=[0.0, 0.5, 0.03])
+    choice = select(curve, "winrate")
+    assert choice.best is not None
+    assert (choice.point.step, choice.best.step, choice.se) == (1, 2, 0.03)
+    assert "within one standard error (0.03) of the best, at step 2" in choice.reason
+    sharp = measured([0.0, 1.0, 2.0], win_rate=[0.5, 0.68, 0.7], win_rate_se=[0.0, 0.5, 0.01])
+    assert select(sharp, "winrate").point.step == 2
 
 
 def test_points_without_gold_are_passed_over() -> None:
