@@ -87,6 +87,8 @@ def test_the_wheel_holds_both_packages(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lightning_align", "align_kernels"}
     assert {"align_kernels/py.typed", "align_kernels/scan.c"} <= set(names)
+    files = {path for path in (ROOT / "lightning_align").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {str(path.relative_to(ROOT)) for path in files} <= set(names)  # pages, styles and texts, too
 
 
 def test_the_benchmark_refuses_to_run_as_a_script() -> None:
