@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     if options.export is not None and choices[0].checkpoint is None:
         raise UserError(f"{options.run[0]} has no checkpoint to export: give a run directory that kept some")
     table, silent = regrets(curves, budget=options.budget, given=given)
-    _tell_regret(options.run, curves, table, silent)
+    _tell_regret(options, curves, table, silent)
     one = options.run[0] if options.run[0].is_dir() else options.run[0].parent
     out = options.out or (one if len(curves) == 1 else Path())
     content = {
@@ -132,17 +132,21 @@ def _choose(run: Path, curve: "Curve", options: Namespace, given: "Sequence[Know
 
 
 def _tell_regret(
-    runs: Sequence[Path], curves: "Sequence[Curve]", table: "Sequence[Regret]", silent: Mapping[str, str]
+    options: Namespace, curves: "Sequence[Curve]", table: "Sequence[Regret]", silent: Mapping[str, str]
 ) -> None:
     from lightning_align.lab.heldout import judged_by_gold
     from lightning_align.lab.regret import lines
 
     if not table:
         return
-    by_gold = sum(judged_by_gold(run, curve) for run, curve in zip(runs, curves, strict=True))
+    by_gold = sum(judged_by_gold(run, curve) for run, curve in zip(options.run, curves, strict=True))
     if by_gold:
         print(f"warning: the true score decided who wins in {by_gold} of {len(curves)} runs: winrate is flattered")
     print("regret, gold of the best checkpoint minus gold of the chosen one; only gold has seen gold:")
+    if options.budget is not None:
+        print(
+            f"  (best and last are those of the whole run: what the budget of KL {options.budget:g} costs is counted)"
+        )
     print("\n".join(lines(table, silent, len(curves))))
 
 

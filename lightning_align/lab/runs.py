@@ -92,6 +92,7 @@ class Curve:
         samples: Rows of ``samples.jsonl``.
         config: The resolved configuration.
         status: ``run.json``.
+        path: Run directory or CSV that it was read from.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Curve:
     samples: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     @property
     def has_gold(self) -> bool:
@@ -133,7 +135,7 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
     points, left_out = read_points(table, family, columns.get("step"))
     if not points:
         raise UserError(f"{table.path}: no step has a number in '{family.columns['kl']}' and in a score column")
-    curve = Curve(_name(path), points, family.name, family.description, left_out)
+    curve = Curve(_name(path), points, family.name, family.description, left_out, path=path)
     if path.is_dir():
         curve.checkpoints = find_checkpoints(path)
         curve.samples = read_samples(path / SAMPLES_FILE)

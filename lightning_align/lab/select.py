@@ -27,11 +27,13 @@ class KnownPeak:
         d: Where it is, √KL.
         gain: Gold there over the start.
         source: What it was fitted to, in words.
+        runs: The runs it was fitted to, as :func:`~lightning_align.lab.regret.place_of` has them.
     """
 
     d: Interval
     gain: Interval
     source: str
+    runs: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Choice:
         best: The point with the best score, where one within a standard error of it was taken.
         se: Standard error the rule allowed, for ``gold``, ``heldout`` and ``winrate``.
         checkpoint: File to keep; None if the run kept none.
-        checkpoint_step: Its step, which is the nearest that was saved.
+        checkpoint_step: Its step: the same, else the nearest over √KL of those that were saved.
         gold: Gold that is predicted there, with its 95 % interval; None where nothing is known of it.
         gain: Whether ``gold`` is a gain over the start and not a score.
         reason: In one or two sentences.
@@ -96,12 +98,23 @@ def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: K
     if not points:
         raise ValueError("no checkpoint has a KL")
     choice = _RULES[policy](points, budget, peak)
-    beyond = set() if budget is None else {point.step for point in curve.points if not point.kl <= budget}
-    saved = curve.checkpoints.keys() - beyond
-    if not saved:
-        return choice
-    step = min(saved, key=lambda step: (abs(step - choice.point.step), step))
-    return replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
+    step = _saved_nearest(curve, choice.point, budget)
+    return choice if step is None else replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
+
+
+def _saved_nearest(curve: Curve, point: Point, budget: float | None) -> int | None:
+    """Step of the file nearest to a measurement over √KL; where the KL of a file was not measured, it lies between."""
+    if point.step in curve.checkpoints:
+        return point.step
+    measured = sorted((p.step, p.kl) for p in curve.points if math.isfinite(p.kl))
+    saved = list(curve.checkpoints)
+    kls = np.interp(saved, [step for step, _ in measured], [kl for _, kl in measured]).tolist()
+    found = [
+        (abs(math.sqrt(max(kl, 0.0)) - math.sqrt(max(point.kl, 0.0))), kl, step)
+        for step, kl in zip(saved, kls, strict=True)
+        if budget is None or kl <= budget
+    ]
+    return min(found)[-1] if found else None
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules

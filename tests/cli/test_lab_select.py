@@ -193,6 +193,34 @@ def test_regret_over_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "peak     none: there is no fitted peak" in capsys.readouterr().out  # its own fit has seen its gold
 
 
+def test_the_regret_of_peak_uses_no_fit_of_the_run_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = run_directory(Path("r"), rows())
+    name = write_csv(Path("c/c.csv"), rows())
+    for target, out in (("r", Path("r")), (name, Path("c"))):
+        assert run(["lab", "overopt", target]) == 0
+        fit = str(out / "overopt.json")
+        assert json.loads(Path(fit).read_text())["d_peak"] is not None
+        for given in (target, str(Path(target).resolve())):
+            capsys.readouterr()
+            assert run(["lab", "select", given, "--fit", fit, "--policy", "peak"]) == 0
+            assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+    assert run(["lab", "select", str(directory / "metrics.csv"), "--fit", "r/overopt.json"]) == 0
+    assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+    directory.rename("moved")
+    assert run(["lab", "select", "moved", "--fit", "moved/overopt.json"]) == 0
+    assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+    assert run(["lab", "select", name, "--fit", "moved/overopt.json"]) == 0  # another run's
+    assert "peak     0." in capsys.readouterr().out
+
+
+def test_that_the_budget_is_part_of_the_regret_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_csv(Path("r.csv"), rows())
+    assert run(["lab", "select", name, "--budget", "0.5"]) == 0
+    assert "what the budget of KL 0.5 costs is counted" in capsys.readouterr().out
+    assert run(["lab", "select", name]) == 0
+    assert "is counted" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------ held-out rewards (OPT-6)
 def trained(path: Path, leave_out: str | None) -> str:
     path.mkdir(parents=True)

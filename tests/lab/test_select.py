@@ -10,7 +10,7 @@ import pytest
 
 from lightning_align.lab.overopt import Interval
 from lightning_align.lab.places import noise
-from lightning_align.lab.regret import pooled, regrets
+from lightning_align.lab.regret import as_dict, lines, own_peak, pooled, regrets
 from lightning_align.lab.runs import Curve, Point
 from lightning_align.lab.select import (
     POLICIES,
@@ -188,6 +188,42 @@ def test_choose_names_the_checkpoint_saved_nearest() -> None:
     assert choose(Curve("run", curve.points)).checkpoint is None
 
 
+def test_the_nearest_file_is_nearest_over_root_kl_and_its_own_regret_is_told() -> None:
+    """Step 3 lies nearer to step 0 by steps and to step 7 by √KL."""
+    curve = measured(
+        [0.0, 0.25, 1.0, 4.0, 4.2, 4.4, 4.6, 4.84], gold=[1.0, 2.0, 3.0, 4.0, 3.0, 3.0, 3.0, 2.5], gold_se=[0.1] * 8
+    )
+    curve.checkpoints = {0: Path("0"), 7: Path("7")}
+    choice = select(curve, "gold")
+    assert (choice.point.step, choice.checkpoint_step) == (3, 7)
+    table, silent = regrets([curve])
+    row = table[0]
+    assert (row.policy, row.values, row.of_files) == ("gold", {0: 0.0}, {0: 1.5})
+    assert "; of the files kept 1.500" in lines(table, silent, 1)[0]
+    assert as_dict(table)["gold"]["of_files"]["runs"] == [1.5]
+    curve.checkpoints = {3: Path("3")}
+    table, silent = regrets([curve])
+    assert table[0].of_files == {0: 0.0}
+    assert "of the files" not in "".join(lines(table, silent, 1))
+
+
+def test_files_as_near_on_both_sides_go_to_the_smaller_kl_then_to_the_earlier_step() -> None:
+    curve = measured([9.0, 4.0, 1.0], gold=[0.0, 1.0, 0.0], gold_se=[0.0] * 3)  # d = 3, 2, 1
+    curve.checkpoints = {0: Path("0"), 2: Path("2")}
+    assert select(curve, "gold").checkpoint_step == 2
+    same = measured([1.0, 4.0, 1.0], gold=[0.0, 1.0, 0.0], gold_se=[0.0] * 3)
+    same.checkpoints = {2: Path("2"), 0: Path("0")}
+    assert select(same, "gold").checkpoint_step == 0
+
+
+def test_a_file_whose_kl_was_not_measured_lies_between_its_neighbours() -> None:
+    curve = measured([0.0, 1.0, 4.0], gold=[0.0, 0.5, 1.0], gold_se=[0.0] * 3)
+    curve.points = [replace(point, step=10 * point.step) for point in curve.points]
+    curve.checkpoints = {10: Path("10"), 18: Path("18")}  # KL 3.4 by the line between steps 10 and 20
+    assert select(curve, "gold").checkpoint_step == 18
+    assert select(curve, "gold", budget=3.0).checkpoint_step == 10
+
+
 def test_choose_falls_back_to_the_knee_without_gold() -> None:
     curve = Curve("run", [Point(i, kl=float(i), proxy=math.sqrt(i)) for i in range(9)])
     choice = choose(curve)
@@ -343,6 +379,47 @@ def test_only_gold_sees_gold() -> None:
             for number, curve in enumerate(upside_down):
                 golds = {p.step: p.gold for p in curve.points}
                 assert row.values[number] == max(golds.values()) - golds[chosen[row.policy][number]]
+
+
+def test_what_a_budget_costs_is_part_of_the_regret() -> None:
+    curve = measured([0.0, 1.0, 2.0, 3.0], gold=[0.0, 0.5, 0.4, 2.0], gold_se=[0.0] * 4)
+    found = {row.policy: row.values[0] for row in regrets([curve], budget=2.5)[0]}
+    assert found == {"gold": 1.5, "budget": pytest.approx(1.6), "last": 0.0}
+
+
+def test_a_given_fit_of_the_run_itself_is_not_used_and_none_counts_twice(tmp_path: Path) -> None:
+    curves = [replace(simulated(seed), path=tmp_path / f"{seed}.csv") for seed in range(2)]
+    own = [own_peak(curve) for curve in curves]
+    assert own[0] is not None
+    assert own[1] is not None
+    alone, silent = regrets(curves[:1], given=[own[0]])
+    assert "peak" not in {row.policy for row in alone}
+    assert "fitted peak" in silent["peak"]
+    both = KnownPeak(Interval(5.0, 4.9, 5.1), own[0].gain, "both", own[0].runs | own[1].runs)
+    assert regrets(curves, given=[both]) == regrets(curves)
+    assert regrets(curves, given=[own[0]]) == regrets(curves)
+    far = replace(both, runs=own[1].runs)  # stands for the second run's own, which it covers
+    table = {row.policy: row.values for row in regrets(curves, given=[far])[0]}
+    assert table["peak"][0] == pytest.approx(max(p.gold for p in curves[0].points) - curves[0].points[-1].gold)
+
+
+def test_the_peak_of_another_run_is_taken_where_it_is_not_at_the_end_of_its_interval() -> None:
+    """d* of 1 with an interval from 0.9 to 4: the checkpoint at d = 1, not one further out."""
+    curve = measured([0.64, 1.0, 4.0, 9.0, 16.0], gold=[0.0, 0.1, 0.2, 0.3, 0.4])
+    peak = KnownPeak(Interval(1.0, 0.9, 4.0), Interval(0.3, 0.1, 0.9), "another run")
+    (row,) = (row for row in regrets([curve], given=[peak])[0] if row.policy == "peak")
+    assert row.values == {0: pytest.approx(0.3)}
+
+
+def test_pooled_peaks_rest_on_the_estimates_not_on_the_ends() -> None:
+    peaks = [
+        KnownPeak(Interval(d, d / 2, d * ratio), Interval(gain, gain - 0.1, gain + 0.4), "a")
+        for d, ratio, gain in ((1.0, 3.0, 0.2), (4.0, 7.0, 0.6))
+    ]
+    together = pooled(peaks)
+    assert together is not None
+    assert together.d.estimate == pytest.approx(2.0)
+    assert together.gain.estimate == pytest.approx(0.4)
 
 
 def test_regret_ignores_row_order_and_points_without_gold() -> None:
