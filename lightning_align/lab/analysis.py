@@ -49,7 +49,7 @@ class Analysis:
         change: Gold at the end minus gold at the start, or at the smallest KL without one.
         fall: Gold at the end minus gold at the peak.
         proxy_gain: Proxy at the end minus proxy at the peak.
-        choice: The checkpoint to keep.
+        choice: The checkpoint to keep; None without gold and without a knee of the proxy.
     """
 
     curve: Curve
@@ -70,7 +70,7 @@ class Analysis:
     change: Interval | None
     fall: Interval | None
     proxy_gain: Interval | None
-    choice: Choice
+    choice: Choice | None
 
     @property
     def result(self) -> FormResult | None:
@@ -122,16 +122,16 @@ def analyse(curve: Curve, *, form: FormName = "rl", free_start: bool = False) ->
     """
     gold = [point for point in curve.points if math.isfinite(point.gold)]
     places = Places(curve.points)
-    start_points = _start(gold or curve.points)
-    origin = [] if free_start else start_points
+    at_start = start_points(gold or curve.points)
+    origin = [] if free_start else at_start
     usable = tuple(point for point in gold if point.d >= SMALLEST_D)
     enough = len(usable) >= FEWEST_POINTS + (not origin) and len({point.d for point in usable}) > 2
     series = _series(usable, origin, places.gold_noise.se) if enough else None
     forms = _fit_both(series) if series is not None else {}
-    start, end = places.at(start_points) if start_points else None, places.end()
+    start, end = places.at(at_start) if at_start else None, places.end()
     first = start if start is not None else places.first()
     fitted_start = forms[form].fit.intercept if forms and not origin else math.nan
-    peak, looks, misfit = _peak(places, forms.get(form), start_points) if gold else (None, 1, False)
+    peak, looks, misfit = _peak(places, forms.get(form), at_start) if gold else (None, 1, False)
     return Analysis(
         curve=curve,
         form=form,
@@ -157,7 +157,7 @@ def analyse(curve: Curve, *, form: FormName = "rl", free_start: bool = False) ->
     )
 
 
-def _start(points: Sequence[Point]) -> list[Point]:
+def start_points(points: Sequence[Point]) -> list[Point]:
     """Points that stand for KL 0: those that have hardly moved, else the first if its estimate is not positive."""
     near = [point for point in points if abs(point.kl) < START_KL]
     first = min(points, key=lambda point: point.step)

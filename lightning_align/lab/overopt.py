@@ -257,14 +257,14 @@ def analyse_form(
 
 
 def peak_status(place: float | None, beta: Interval, d: Array) -> PeakStatus:
-    """Whether a peak may be reported: β above 0 with its interval, and d* among the distances measured."""
+    """Whether a peak may be reported: β above 0 with its interval, and d* between the distances measured."""
     if place is None:
         return "none"
     if beta.low <= 0:
         return "uncertain"
-    if place > d.max():
+    if place >= d.max():
         return "beyond"
-    return "before" if place < d.min() else "in range"
+    return "before" if place <= d.min() else "in range"
 
 
 def weighted_rmse(fit: FormFit, d: Array, reward: Array, weights: Array | None) -> float:

@@ -5,16 +5,32 @@ is censored: it never enters as a number, and what is compared then is the gain 
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from lightning_align.lab.overopt import Array, FormFit, fit_form
+from lightning_align.lab.evaluation.intervals import student
+from lightning_align.lab.overopt import (
+    FEWEST_POINTS,
+    Array,
+    FormFit,
+    PeakStatus,
+    bootstrap,
+    fit_form,
+    peak_status,
+    percentile_interval,
+)
 
-FEWEST_POINTS = 4
+CENSORED: Mapping[PeakStatus, str | None] = {
+    "none": "no peak: β ≤ 0",
+    "uncertain": "no peak: the interval of β reaches 0",
+    "beyond": "beyond the farthest checkpoint",
+    "before": "before the first checkpoint",
+    "in range": None,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,7 @@ class Measured:
         d: Distances √KL of its checkpoints ``[n]``, all of at least :data:`~.overopt.SMALLEST_D`.
         gold: True scores there ``[n]``.
         start: True score of the policy before training, as this run measured it.
+        start_se: Its standard error; NaN if unknown.
         reward_loss: Validation loss of the reward model; NaN if unknown.
         reward_accuracy: Its accuracy there; NaN if unknown.
         label_entropy: Lowest loss that the labels allow; 0 if unknown.
@@ -48,13 +65,17 @@ class Measured:
     reward_accuracy: float = math.nan
     label_entropy: float = 0.0
     gold_se: Array | None = None
+    start_se: float = math.nan
     seconds: float = math.nan
     run: Path | None = None
 
 
 @dataclass(frozen=True)
 class Law:
-    """The law of one run: the start it was fitted with, the fit, and why its peak is censored, if it is."""
+    """The law of one run: the start it was fitted with, the fit, and why its peak is censored, if it is.
+
+    A peak that :func:`~.overopt.peak_status` would not report is.
+    """
 
     measured: Measured
     start: float
@@ -84,37 +105,46 @@ class Law:
 Number = Callable[[Law], float]
 
 
-def fit_law(measured: Measured, start: float | None = None) -> Law | None:
-    """Least squares of R(d) = d(α − β ln d); None for too few distances.
+def fit_law(measured: Measured, start: tuple[float, float] | None = None) -> Law | None:
+    """Least squares of R(d) = d(α − β ln d), by 1/se² where the errors are known; None for too few distances.
 
     Args:
         measured: The run.
-        start: Score at the start; None for the one that the run measured.
+        start: Score at the start and its standard error; None for those that the run measured.
     """
     if len(np.unique(measured.d)) < FEWEST_POINTS:
         return None
-    start = measured.start if start is None else start
-    fit = fit_form(measured.d, measured.gold - start, "rl")
-    place = fit.peak_d
-    censored = None
-    if place is None:
-        censored = "no peak: β ≤ 0"
-    elif place >= measured.d.max():
-        censored = "beyond the farthest checkpoint"
-    elif place <= measured.d.min():
-        censored = "before the first checkpoint"
-    return Law(measured, start, fit, censored)
+    score, error = (measured.start, measured.start_se) if start is None else start
+    d, gains, known = measured.d, measured.gold - score, weights(measured)
+    fit = fit_form(d, gains, "rl", weights=known)
+    drawn = bootstrap(d, gains, "rl", weights=known, start_se=error if math.isfinite(error) else 0.0)
+    status = peak_status(fit.peak_d, percentile_interval(fit.beta, drawn[:, 1]), d)
+    return Law(measured, score, fit, CENSORED[status])
+
+
+def weights(measured: Measured) -> Array | None:
+    """1/se² of each point ``[n]``; None where an error is not known."""
+    errors = measured.gold_se
+    known = errors is not None and bool((np.isfinite(errors) & (errors > 0)).all())
+    return 1 / errors**2 if errors is not None and known else None
 
 
 def fit_laws(runs: Sequence[Measured]) -> list[Law]:
     """The law of every run with enough distances.
 
     Starts are averaged over the runs of a policy size: they share one model, and each only drew other samples of it.
+    Runs with the very same start share one measurement of it, which counts once.
     """
     sizes = {run.policy_parameters for run in runs}
-    start = {size: float(np.mean([run.start for run in runs if run.policy_parameters == size])) for size in sizes}
+    start = {size: _mean_start([run for run in runs if run.policy_parameters == size]) for size in sizes}
     laws = [fit_law(run, start[run.policy_parameters]) for run in runs]
     return [law for law in laws if law is not None]
+
+
+def _mean_start(runs: Sequence[Measured]) -> tuple[float, float]:
+    """The mean of the starts that were measured, and its standard error."""
+    over = student(np.array(sorted({run.start for run in runs})))
+    return over.value, over.se if over.n > 1 else runs[0].start_se
 
 
 def without_law(runs: Sequence[Measured]) -> list[str]:

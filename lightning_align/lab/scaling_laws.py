@@ -9,7 +9,7 @@ from scipy import optimize
 
 from lightning_align.lab.evaluation.intervals import student
 from lightning_align.lab.overopt import Array, FormFit, design
-from lightning_align.lab.scaling import Law, comparisons, lines, ln_reward
+from lightning_align.lab.scaling import Law, comparisons, lines, ln_reward, weights
 
 JOINT = ("a0", "b0", "a1", "b1")
 
@@ -135,11 +135,11 @@ def _gains(laws: Sequence[Law]) -> Array:
 
 def _weights(laws: Sequence[Law]) -> Array:
     """1/se² of each point; equal ones where an error is not known."""
-    errors = [law.measured.gold_se for law in laws]
-    known = [error for error in errors if error is not None and (np.isfinite(error) & (error > 0)).all()]
-    if len(known) < len(errors):
+    found = [weights(law.measured) for law in laws]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
         return np.ones(sum(len(law.measured.d) for law in laws))
-    return 1 / np.concatenate(known) ** 2
+    return np.concatenate(known)
 
 
 def _rmse(truth: Array, predicted: Array) -> float:

@@ -14,9 +14,10 @@ import yaml
 
 from lightning_align.data.sources import PLAYGROUND
 from lightning_align.errors import UserError
+from lightning_align.lab.analysis import START_KL, start_points
 from lightning_align.lab.grid import SEED, Cell, load_grid
 from lightning_align.lab.overopt import SMALLEST_D, Array
-from lightning_align.lab.runs import Curve, Table, load_curve
+from lightning_align.lab.runs import Curve, Point, Table, load_curve
 from lightning_align.lab.scaling import Measured
 from lightning_align.playground import annotator_agreement
 from lightning_align.run.directory import CONFIG_FILE, METRICS_FILE, MODEL, is_run, read_status
@@ -25,6 +26,7 @@ EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # what is not counted: Gao et a
 REWARD_LOSS, REWARD_ACCURACY = "eval/loss", "eval/accuracy"
 COLUMNS = ("reward_parameters", "comparisons", "policy_parameters", "seed", "step", "kl", "gold")
 LOSS_COLUMN = "reward_loss"  # of another trainer's CSV, if it has it
+WITHOUT_REWARD = "did not train against a reward model's run: the size of its reward and its comparisons are not known"
 LABELS = ("seed", "temperature", "noise", "ties", "aspect", "quality", "unsafe", "families")  # what labels depend on
 
 
@@ -42,10 +44,12 @@ def read_sweep(place: Path) -> tuple[list[Measured], list[str]]:
 
 def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
     runs, left_out = [], []
-    for cell in load_grid(folder):
+    cells = load_grid(folder)
+    for cell in cells:
         parents = _parents(cell, folder)
         if "reward" not in parents:
-            continue  # pre-training, SFT, reward models: no part of what is compared
+            left_out += [f"{cell.run} {WITHOUT_REWARD}"] if _has_gold(cell.run) else []
+            continue  # without a true score over KL: pre-training, SFT, reward models, no part of what is compared
         try:
             if not is_run(parents["reward"]):
                 raise UserError(f"{cell.run}: its reward model's run is gone: {parents['reward']}")
@@ -55,7 +59,16 @@ def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
             runs.append(_measured(cell, curve, parents))
         except UserError as error:
             left_out.append(str(error))
+    if not runs and not left_out:
+        left_out = [f"none of its {len(cells)} finished runs trained against a reward model's run, or has a true score"]
     return runs, left_out
+
+
+def _has_gold(run: Path) -> bool:
+    try:
+        return load_curve(run).has_gold
+    except UserError:
+        return False  # no curve over KL at all
 
 
 def _parents(cell: Cell, folder: Path) -> dict[str, Path]:
@@ -71,7 +84,7 @@ def _parents(cell: Cell, folder: Path) -> dict[str, Path]:
 
 def _measured(cell: Cell, curve: Curve, parents: Mapping[str, Path]) -> Measured:
     reward = parents["reward"]
-    start, far = split(cell.run, [(p.d, p.gold, p.gold_se) for p in curve.points])
+    start, start_se, far = split(cell.run, curve.points)
     return Measured(
         reward_parameters=parameters(reward / MODEL),
         comparisons=_comparisons(reward),
@@ -81,6 +94,7 @@ def _measured(cell: Cell, curve: Curve, parents: Mapping[str, Path]) -> Measured
         gold=far[:, 1],
         start=start,
         gold_se=far[:, 2],
+        start_se=start_se,
         reward_loss=_last(reward, REWARD_LOSS),
         reward_accuracy=_last(reward, REWARD_ACCURACY),
         label_entropy=_label_entropy(reward),
@@ -89,18 +103,21 @@ def _measured(cell: Cell, curve: Curve, parents: Mapping[str, Path]) -> Measured
     )
 
 
-def split(where: object, points: Sequence[tuple[float, float, float]]) -> tuple[float, Array]:
-    """The score at the start, and the points (d, gold, its standard error) far enough from it for the law ``[n, 3]``.
+def split(where: object, points: Sequence[Point]) -> tuple[float, float, Array]:
+    """The score at the start, its standard error, and the points far enough from it for the law ``[n, 3]``.
+
+    The start is that of :func:`~.analysis.start_points`; a point is its d, gold and the standard error of that.
 
     Raises:
         UserError: There is no score at KL 0.
     """
-    known = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
-    near = [gold for d, gold, _ in known if d < SMALLEST_D]
+    known = [point for point in points if math.isfinite(point.kl) and math.isfinite(point.gold)]
+    near = start_points(known) if known else []
     if not near:
-        raise UserError(f"{where} has no true score at the start (KL below {SMALLEST_D**2:g}): evaluate at step 0")
-    far = [point for point in known if point[0] >= SMALLEST_D]
-    return near[0], np.array(far, dtype=np.float64).reshape(-1, 3)
+        raise UserError(f"{where} has no true score at the start (KL below {START_KL:g}): evaluate at step 0")
+    far = [(point.d, point.gold, point.gold_se) for point in known if point.d >= SMALLEST_D]
+    start_se = math.hypot(*(point.gold_se for point in near)) / len(near)
+    return float(np.mean([point.gold for point in near])), start_se, np.array(far, dtype=np.float64).reshape(-1, 3)
 
 
 def _comparisons(reward: Path) -> int:
@@ -176,20 +193,27 @@ def _read_table(path: Path) -> tuple[list[Measured], list[str]]:
         rows.setdefault(tuple(row[name] for name in COLUMNS[:4]), []).append(index)
     runs, left_out = [], []
     for (_, _, _, seed), own in rows.items():
-        sizes = [table.number(own[0], name) for name in COLUMNS[:3]]
-        if not all(size > 0 and size.is_integer() for size in sizes):
-            raise UserError(f"{path} line {table.lines[own[0]]}: sizes and comparisons are whole numbers above 0")
+        reward, comparisons, policy = (_whole(table, own[0], name) for name in COLUMNS[:3])
         ordered = sorted(own, key=lambda index: table.number(index, "step"))
-        kls = [table.number(index, "kl") for index in ordered]
-        golds = [table.number(index, "gold") for index in ordered]
-        points = [(math.sqrt(kl) if kl >= 0 else math.nan, gold, math.nan) for kl, gold in zip(kls, golds, strict=True)]
+        points = [
+            Point(place, table.number(index, "kl"), gold=table.number(index, "gold"))
+            for place, index in enumerate(ordered)
+        ]
         where = f"{path}, the run of line {table.lines[own[0]]}"
         try:
-            start, far = split(where, points)
+            start, _, far = split(where, points)
         except UserError as error:
             left_out.append(str(error))
             continue
-        reward, comparisons, policy = map(int, sizes)
         loss = table.number(own[0], LOSS_COLUMN) if LOSS_COLUMN in table.header else math.nan
         runs.append(Measured(reward, comparisons, policy, seed, far[:, 0], far[:, 1], start, reward_loss=loss))
     return runs, left_out
+
+
+def _whole(table: Table, index: int, column: str) -> int:
+    """A size or an amount of data."""
+    value = table.number(index, column)
+    if not (value > 0 and value.is_integer()):
+        where = f"{table.path} line {table.lines[index]}"
+        raise UserError(f"{where}: '{table.rows[index][column]}' in column '{column}' is not a whole number above 0")
+    return int(value)

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
+from lightning_align.lab.analysis import start_points
 from lightning_align.lab.claims import judge
 from lightning_align.lab.evaluation.intervals import student
 from lightning_align.lab.overopt import FormFit
+from lightning_align.lab.runs import load_curve
 from lightning_align.lab.scaling import (
     Law,
     Measured,
@@ -198,6 +200,39 @@ def test_censored_peaks_never_enter_as_numbers() -> None:
     assert findings[0].verdict == "supported"
 
 
+def test_points_count_by_their_errors() -> None:
+    """Of points three of four of which are wild, β is found again as weighted least squares finds it."""
+    generator = np.random.default_rng(15)
+    errors = np.where(np.arange(len(D)) % 4 == 0, 0.02, 0.5)
+    one = run(generator, 0, noise=0.0)
+    off, plain = [], []
+    for _ in range(50):
+        wild = replace(one, gold=one.gold + errors * generator.normal(size=len(D)), gold_se=errors)
+        for told, found in ((wild, off), (replace(wild, gold_se=np.full(len(D), math.nan)), plain)):
+            law = fit_law(told)
+            assert law is not None
+            found.append(law.fit.beta - 0.5)
+    basis = np.stack([D, -D * np.log(D)], axis=1) / errors[:, None]
+    assert np.std(off) == pytest.approx(math.sqrt(np.linalg.inv(basis.T @ basis)[1, 1]), rel=0.3)
+    assert np.std(plain) > 5 * np.std(off)
+
+
+def test_a_noisy_rise_has_no_peak() -> None:
+    """A straight line bends down by chance; what is not told from straight is no peak, whoever bent it."""
+    generator = np.random.default_rng(16)
+    straight = [run(generator, 0, alpha=0.05, beta=0.0, noise=0.1) for _ in range(200)]
+    laws = [law for law in map(fit_law, straight) if law is not None]
+    bends = [law for law in laws if law.fit.peak_d is not None and D[0] < law.fit.peak_d < D[-1]]
+    assert len(bends) >= 15
+    assert sum(law.censored is None for law in laws) <= 6
+    assert any(law.censored == "no peak: the interval of β reaches 0" for law in bends)
+    level = run(generator, 0, alpha=0.1, beta=0.05, noise=0.0)
+    sure, unsure = fit_law(level), fit_law(replace(level, start_se=0.1))
+    assert sure is not None
+    assert unsure is not None
+    assert (sure.censored, unsure.censored) == (None, "no peak: the interval of β reaches 0")
+
+
 def test_slopes_within_groups_are_those_of_least_squares() -> None:
     generator = np.random.default_rng(5)
     laws = fit_laws(grid(generator, known, 0.01))
@@ -220,6 +255,8 @@ def test_starts_are_averaged_over_the_runs_of_a_policy_size() -> None:
     laws = fit_laws([*off, other])
     assert [law.start for law in laws] == pytest.approx([0.5, 0.5, 0.5, 1.5])
     assert [law.fit.alpha for law in laws] == pytest.approx([0.8] * 4)
+    shared = [replace(one, start=1.0) for one in off]  # measured once for all of them: one measurement beside another
+    assert fit_laws([*shared, replace(exact[0], start=0.0, seed="3")])[0].start == pytest.approx(0.5)
 
 
 def test_size_that_helps_below_the_threshold_speaks_against_it() -> None:
@@ -403,6 +440,36 @@ def test_what_cannot_take_part_is_told(sweep: Path, capsys: pytest.CaptureFixtur
     assert told.count(": undecided (not measured)") == 5
 
 
+def test_a_start_with_a_kl_below_zero_is_one(sweep: Path) -> None:
+    """An estimate of the KL may be slightly negative; the start is that of ``lab overopt``, the mean of its points."""
+    file = sweep / "ppo" / "seed=0,size=4" / "metrics.csv"
+    head, first, *rest = file.read_text().splitlines()
+    cells = dict(zip(head.split(","), first.split(","), strict=True))
+    told = [dict(cells, **{"step": str(step), "eval/lab/kl": kl, "eval/lab/gold": gold}) for step, kl, gold in
+            ((-2, "-0.0001", "0.3"), (-1, "0.0001", "0.4"))]  # fmt: skip
+    file.write_text("\n".join([head, *(",".join(row.values()) for row in told), *rest]) + "\n")
+    runs, left_out = read_sweep(sweep)
+    assert left_out == []
+    assert {(one.seed, one.reward_parameters): one.start for one in runs}["0", 16] == pytest.approx(0.35)
+    file.write_text("\n".join([head, *(",".join(row.values()) for row in told[:1]), *rest]) + "\n")
+    assert read_sweep(sweep)[1] == []
+    (point,) = start_points(load_curve(file.parent).points)
+    assert point.gold == 0.3
+
+
+def test_a_sweep_without_reward_models_says_what_it_lacks(sweep: Path) -> None:
+    for place in sweep.glob("ppo/*/run.json"):
+        content = json.loads(place.read_text())
+        place.write_text(json.dumps(content | {"parents": content["parents"][1:]}))
+    wanted = r"has no run that takes part: .*size=4 did not train against a reward model's run"
+    with pytest.raises(UserError, match=wanted):
+        read_sweep(sweep)
+    for place in sweep.glob("ppo/*/metrics.csv"):
+        place.unlink()
+    with pytest.raises(UserError, match="none of its 9 finished runs trained against a reward model's run"):
+        read_sweep(sweep)
+
+
 def test_comparisons_and_label_entropy_are_those_of_the_reward_models_data(sweep: Path) -> None:
     reward = sweep / "reward" / "seed=0,size=4"
     data = {"kind": "ranked", "kept": 100, "notes": {"pairs": 570}}  # of 95 rankings, five being held out
@@ -461,9 +528,13 @@ def test_what_is_no_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no column 'reward_parameters'"):
         read_sweep(path)
     head = "reward_parameters,comparisons,policy_parameters,seed,step,kl,gold\n"
-    path.write_text(head + "1.5,1,1,0,0,0,0\n")
-    with pytest.raises(UserError, match=r"s.csv line 2: sizes and comparisons are whole numbers above 0"):
-        read_sweep(path)
+    for sizes, told in (
+        ("1.5,1,1", "'1.5' in column 'reward_parameters'"),
+        ("1,1,", "'' in column 'policy_parameters'"),
+    ):
+        path.write_text(head + f"{sizes},0,0,0,0\n")
+        with pytest.raises(UserError, match=rf"s.csv line 2: {told} is not a whole number above 0"):
+            read_sweep(path)
     path.write_text(head + "1,1,1,0,0,1,0\n")
     with pytest.raises(UserError, match=r"has no run that takes part: .* has no true score at the start"):
         read_sweep(path)
