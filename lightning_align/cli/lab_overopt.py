@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     print(finding.headline)
     for sentence in finding.sentences:
         print(f"  {sentence}")
-    if analysis.choice.checkpoint is not None:
+    if analysis.choice is not None and analysis.choice.checkpoint is not None:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
     for line in lines:
         print(line)

@@ -63,7 +63,7 @@ def _options(argv: Sequence[str]) -> Namespace:
     parser.add_argument("run", type=Path, nargs="+", help="run directories or CSVs; several are seeds of one method")
     parser.add_argument(
         "--policy", choices=("auto", "gold", "heldout", "winrate", "peak", "knee", "budget"), default="auto",
-        help="auto: the first of gold, heldout, winrate, peak (with --fit) and knee that the run allows",
+        help="auto: the first of gold, heldout, winrate, peak (with --fit), knee and budget that the run allows",
     )  # fmt: skip
     parser.add_argument("--budget", type=float, metavar="KL", help="choose no checkpoint with more KL than this")
     parser.add_argument(
@@ -126,7 +126,11 @@ def _choose(run: Path, curve: "Curve", options: Namespace, given: "Sequence[Know
     try:
         choice = select(curve, policy, budget=options.budget, peak=peak)
     except ValueError as error:
-        raise UserError(f"{run}: {error}") from error
+        within = policy == "knee" and options.policy == "auto" and options.budget is not None
+        if not within or all(not point.kl <= options.budget for point in curve.points):
+            raise UserError(f"{run}: {error}") from error
+        print(f"{run}: {str(error).partition(';')[0]}")
+        choice = select(curve, "budget", budget=options.budget)
     print("\n".join(_told(run, choice)))
     return choice
 

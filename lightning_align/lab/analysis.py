@@ -78,6 +78,11 @@ class Analysis:
         return self.forms.get(self.form)
 
     @property
+    def kept_d(self) -> float:
+        """√KL of the checkpoint to keep; 0 for a negative estimate, and where there is none."""
+        return math.sqrt(max(self.choice.point.kl, 0.0)) if self.choice is not None else 0.0
+
+    @property
     def fitted_peak(self) -> Peak | None:
         """The peak of the fit, where it may be claimed: the measured scores must rise to it and come down from it.
 

@@ -171,7 +171,7 @@ def _start_level(ax: Axes, analysis: Analysis) -> None:
     if not math.isfinite(analysis.start_gold):
         return
     ax.axhline(analysis.start_gold, color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (1, 2.5)), zorder=2)
-    crossed = distance(analysis.choice.point) > 0.88 * _edge(ax)
+    crossed = analysis.kept_d > 0.88 * _edge(ax)
     ax.annotate(
         "start", (0.87 if crossed else 0.99, analysis.start_gold), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", color=COLOURS["muted"], size="small",
@@ -192,7 +192,7 @@ def _mark_peak(ax: Axes, analysis: Analysis) -> None:
         markeredgewidth=1.4, linestyle="none", zorder=3.6,
     )  # fmt: skip
     above = analysis.start_gold + np.interp(place, result.band_d, result.band_high)
-    line = distance(analysis.choice.point)
+    line = analysis.kept_d
     left = place > 0.7 * edge or place < line < place + 0.4 * edge  # away from the edge and from the line
     ax.annotate(
         f"fitted peak, KL {kl_text(place**2)}", (place, float(above)), xytext=(-6 if left else 6, 4),
@@ -205,7 +205,7 @@ def _shade_beyond(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysi
     peak = analysis.fitted_peak
     if peak is None or not analysis.falls:
         return
-    edge, begin = _edge(axes[0]), max(peak.d.estimate, distance(analysis.choice.point))
+    edge, begin = _edge(axes[0]), max(peak.d.estimate, analysis.kept_d)
     for ax in axes:
         ax.axvspan(begin, edge, color=COLOURS["shade"], linewidth=0, zorder=0)
     room = layout.width * (1 - begin / edge)  # inches, about: the axis takes nine tenths of the width
@@ -223,6 +223,8 @@ def _edge(ax: Axes) -> float:
 
 def _mark_choice(axes: Sequence[Axes], panels: Sequence[str], analysis: Analysis) -> None:
     """A line through all panels and a ring at the checkpoint to keep."""
+    if analysis.choice is None:
+        return
     point = analysis.choice.point
     x = distance(point)
     for key, ax in zip(panels, axes, strict=True):

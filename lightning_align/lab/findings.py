@@ -172,6 +172,8 @@ def _about_end(kind: Kind, analysis: Analysis) -> list[str]:
 def about_choice(analysis: Analysis) -> str:
     """Why this checkpoint is the one to keep."""
     choice = analysis.choice
+    if choice is None:
+        return "The reward has no knee over √KL either: nothing here says which checkpoint to keep."
     where = f"step {choice.point.step} (KL {kl_text(choice.point.kl)})"
     if choice.policy == "knee":
         return f"A weak hint: {where}, the knee of the reward over √KL, beyond which it gains less for the KL it costs."

@@ -54,7 +54,7 @@ def sections(analysis: Analysis, finding: Finding) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- the top
 def _keep(analysis: Analysis) -> str:
     choice = analysis.choice
-    if choice.checkpoint is None:
+    if choice is None or choice.checkpoint is None:
         return ""
     title = "Checkpoint to keep" if choice.policy == "gold" else "Checkpoint at the knee"
     path = str(choice.checkpoint)
@@ -87,7 +87,7 @@ def _points(analysis: Analysis) -> str:
     notes = _notes(analysis)
     rows = []
     for point in analysis.curve.points:
-        chosen = ' class="chosen"' if point == analysis.choice.point else ""
+        chosen = ' class="chosen"' if analysis.choice is not None and point == analysis.choice.point else ""
         cells = "".join(
             f"<td>{cell}</td>" for cell in (point.step, number(point.kl), number(point.proxy), number(point.gold))
         )
@@ -103,10 +103,10 @@ def _notes(analysis: Analysis) -> dict[int, list[str]]:
     notes: dict[int, list[str]] = {}
     if analysis.start is not None:
         notes.setdefault(analysis.start.points[0].step, []).append("start")
-    verb = "keep" if analysis.choice.policy == "gold" else "knee"
-    notes.setdefault(analysis.choice.point.step, []).append(verb)
-    if analysis.choice.best is not None:
-        notes.setdefault(analysis.choice.best.step, []).append("best")
+    if (choice := analysis.choice) is not None:
+        notes.setdefault(choice.point.step, []).append("keep" if choice.policy == "gold" else "knee")
+        if choice.best is not None:
+            notes.setdefault(choice.best.step, []).append("best")
     for point in analysis.curve.points:
         if point.kl < 0:
             notes.setdefault(point.step, []).append("KL below 0, not fitted")
@@ -208,13 +208,15 @@ def sample_columns(analysis: Analysis) -> list[tuple[str, Point, dict[str, Mappi
     sampled = sorted((points[step] for step in by_step if step in points), key=lambda p: (p.kl, p.step))
     if not sampled:
         return []
-    chosen = min(sampled, key=lambda p: abs(p.step - analysis.choice.point.step))
-    name = "Checkpoint to keep" if analysis.choice.policy == "gold" else "Checkpoint at the knee"
     titles = {
         sampled[-1].step: "Over-optimised" if analysis.falls else "Farthest from the start",
         sampled[0].step: "Start",
-        chosen.step: name if chosen.step == analysis.choice.point.step else f"Sampled nearest to: {name.lower()}",
     }
+    if (choice := analysis.choice) is not None:
+        kept = choice.point.step
+        chosen = min(sampled, key=lambda p: abs(p.step - kept))
+        name = "Checkpoint to keep" if choice.policy == "gold" else "Checkpoint at the knee"
+        titles[chosen.step] = name if chosen.step == kept else f"Sampled nearest to: {name.lower()}"
     return [(titles[p.step], p, by_step[p.step]) for p in sampled if p.step in titles]
 
 
@@ -225,7 +227,7 @@ def shared_prompts(columns: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _card(title: str, point: Point, row: Mapping[str, Any] | None, analysis: Analysis) -> str:
-    chosen = " chosen" if point.step == analysis.choice.point.step else ""
+    chosen = " chosen" if analysis.choice is not None and point.step == analysis.choice.point.step else ""
     head = f'<div class="note">{title} · step {point.step}, KL {kl_text(point.kl)}</div>'
     if row is None:
         return f'<div class="card{chosen}">{head}<div class="text note">no sample of this prompt</div></div>'

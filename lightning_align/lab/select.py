@@ -16,6 +16,7 @@ from lightning_align.lab.runs import Curve, Point
 
 Policy = Literal["gold", "heldout", "winrate", "peak", "knee", "budget"]
 POLICIES: tuple[Policy, ...] = ("gold", "heldout", "winrate", "peak", "knee", "budget")
+NO_KNEE = 0.02  # of the range of the proxy: what rounding makes of a straight line
 PATIENCE = 3  # checkpoints in a row in which the proxy rises while the held-out reward falls, before it is said
 
 
@@ -63,9 +64,17 @@ class Choice:
     reason: str = ""
 
 
-def choose(curve: Curve) -> Choice:
-    """By gold where there is one, else by the knee; ties go to the smaller KL, then to the earlier step."""
-    return select(curve, "gold" if curve.has_gold else "knee")
+def choose(curve: Curve) -> Choice | None:
+    """By gold where there is one, else by the knee; ties go to the smaller KL, then to the earlier step.
+
+    None without gold and without a knee.
+    """
+    if curve.has_gold:
+        return select(curve, "gold")
+    try:
+        return select(curve, "knee")
+    except ValueError:
+        return None
 
 
 def automatic(curve: Curve, *, peak: KnownPeak | None = None) -> Policy:
@@ -231,16 +240,23 @@ def one_standard_error(points: Sequence[Point], score: str = "gold") -> tuple[Po
 
 
 def knee(points: Sequence[Point]) -> Point:
-    """Kneedle (Satopää 2011) on the proxy over d, made monotone first: where the gain is largest for the KL it cost."""
-    measured = sorted(
-        (p for p in points if math.isfinite(p.proxy) and p.kl >= 0), key=lambda p: (p.kl, p.step)
-    ) or sorted((p for p in points if math.isfinite(p.proxy)), key=lambda p: (p.kl, p.step))
-    if not measured:
+    """Kneedle (Satopää 2011) on the proxy over d, made monotone first: where the gain is largest for the KL it cost.
+
+    Raises:
+        ValueError: The proxy rises along a straight line over d, or later than that: there is no knee.
+    """
+    if not any(math.isfinite(point.proxy) for point in points):
         raise ValueError("no point has a proxy score")
-    d = np.array([math.sqrt(max(p.kl, 0.0)) for p in measured])
-    proxy = isotonic_regression(np.array([p.proxy for p in measured])).x
-    gain = _unit(proxy) - _unit(d)
-    return measured[int(np.argmax(gain))]
+    measured = _ordered(p for p in points if math.isfinite(p.proxy) and p.kl >= 0)
+    if len({point.d for point in measured}) > 1:
+        proxy = isotonic_regression(np.array([p.proxy for p in measured])).x
+        gain = _unit(proxy) - _unit(np.array([point.d for point in measured]))
+        if gain.max() > NO_KNEE:
+            return measured[int(np.argmax(gain))]
+    raise ValueError(
+        "no knee: the proxy gains no more for its KL at first than later; give a score (gold, heldout or win_rate), "
+        "--fit or --budget"
+    )
 
 
 def _unit(values: Array) -> Array:

@@ -96,8 +96,10 @@ def _excluded(analysis: Analysis) -> dict[str, int]:
     }
 
 
-def _chosen(analysis: Analysis) -> dict[str, Any]:
+def _chosen(analysis: Analysis) -> dict[str, Any] | None:
     choice = analysis.choice
+    if choice is None:
+        return None
     return {
         "iteration": choice.point.step,
         "kl": choice.point.kl,

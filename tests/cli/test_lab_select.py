@@ -34,7 +34,7 @@ def rows(shift: float = 0.0, **scores: Any) -> list[dict[str, Any]]:
         d = 0.25 * step
         law = d * (0.8 - 0.4 * math.log(d)) if d else 0.0
         gold = law + 0.01 * math.sin(7 * step + shift)
-        found.append({"step": step, "kl": d * d, "proxy": d, "gold": gold, "gold_se": 0.03})
+        found.append({"step": step, "kl": d * d, "proxy": math.tanh(d), "gold": gold, "gold_se": 0.03})
         found[-1] |= {name: score(step, gold) for name, score in scores.items()}
     return found
 
@@ -101,6 +101,24 @@ def test_auto_goes_down_the_list(folder: Path, capsys: pytest.CaptureFixture[str
         out = capsys.readouterr().out
         assert "regret" not in out  # without gold nobody knows it
         assert ("A weak hint" in out) == (policy == "knee")
+
+
+def test_without_a_knee_the_next_rule_is_taken_or_what_is_missing_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = [{"step": step, "kl": (0.25 * step) ** 2, "proxy": 0.8 * 0.25 * step} for step in STEPS]
+    name = write_csv(Path("r.csv"), content)
+    assert "r.csv: no knee: the proxy gains no more for its KL at first than later; give a score" in refused(
+        capsys, name
+    )
+    assert "r.csv: no knee" in refused(capsys, name, "--policy", "knee", "--budget", "3")
+    assert not Path("selection.json").exists()
+    assert run(["lab", "select", name, "--budget", "3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "r.csv: no knee: the proxy gains no more for its KL at first than later"
+    assert out[1] == "r.csv: keep step 6 (KL 2.25), by budget"
+    empty = refused(capsys, write_csv(Path("s.csv"), content[2:]), "--budget", "0.5")
+    assert "no checkpoint has a KL of 0.5 or less" in empty
 
 
 def write_fit(path: Path, d: float | None = 2.45) -> str:

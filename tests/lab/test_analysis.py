@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from lightning_align.lab.findings import conclude, kind_of, kl_text, number
 from lightning_align.lab.overopt import FormName, Interval
 from lightning_align.lab.places import Places
 from lightning_align.lab.runs import Curve, Point
+from lightning_align.lab.summary import summarise
 
 Law = Callable[..., Any]
 MakeCurve = Callable[..., Curve]
@@ -188,11 +190,23 @@ def test_few_points_claim_nothing(make_curve: MakeCurve, law: Law, count: int) -
 
 def test_no_gold_offers_the_knee_as_a_weak_hint(make_curve: MakeCurve) -> None:
     curve = make_curve(lambda d: 0 * d)
-    curve.points = [replace(point, gold=math.nan) for point in curve.points]
+    curve.points = [replace(point, gold=math.nan, proxy=math.tanh(point.proxy)) for point in curve.points]
     analysis = analyse(curve)
     finding = conclude(analysis)
-    assert (finding.kind, analysis.forms, analysis.peak, analysis.choice.policy) == ("no gold", {}, None, "knee")
+    assert (finding.kind, analysis.forms, analysis.peak) == ("no gold", {}, None)
+    assert analysis.choice is not None
+    assert analysis.choice.policy == "knee"
     assert any(sentence.startswith("A weak hint: step ") for sentence in finding.sentences)
+
+
+def test_without_gold_and_without_a_knee_no_checkpoint_is_named(make_curve: MakeCurve) -> None:
+    curve = make_curve(lambda d: 0 * d)
+    curve.points = [replace(point, gold=math.nan) for point in curve.points]  # the proxy is 0.8·√KL
+    analysis = analyse(curve)
+    finding = conclude(analysis)
+    assert analysis.choice is None
+    assert "nothing here says which checkpoint to keep" in finding.text
+    assert summarise(analysis, finding, Path("run"))["chosen"] is None
 
 
 def test_no_proxy_at_all(make_curve: MakeCurve, law: Law) -> None:

@@ -25,7 +25,10 @@ from lightning_align.lab.select import (
 
 
 def points_of(kl: list[float], gold: list[float], se: float = math.nan) -> list[Point]:
-    return [Point(i, kl=k, proxy=float(i), gold=g, gold_se=se) for i, (k, g) in enumerate(zip(kl, gold, strict=True))]
+    return [
+        Point(i, kl=k, proxy=math.tanh(0.2 * i), gold=g, gold_se=se)
+        for i, (k, g) in enumerate(zip(kl, gold, strict=True))
+    ]
 
 
 NOISY = points_of(
@@ -57,8 +60,11 @@ def test_opt_4_ties_go_to_the_smaller_kl() -> None:
     assert se == 0.0
     same_kl = [Point(step, kl=1.0, proxy=1.0, gold=0.9, gold_se=0.0) for step in (9, 3, 5)]
     assert one_standard_error(same_kl)[0].step == 3
-    flat = [Point(step, kl=kl, proxy=1.0) for step, kl in ((0, 3.0), (1, 0.5), (2, 2.0))]
-    assert knee(flat).kl == 0.5
+    level = [
+        Point(step, kl=kl, proxy=proxy)
+        for step, kl, proxy in ((0, 0.0, 0.0), (9, 1.0, 1.0), (3, 1.0, 1.0), (4, 4.0, 1.0))
+    ]
+    assert knee(level).step == 3
 
 
 # ------------------------------------------------------------------ gold
@@ -143,11 +149,29 @@ def test_knee_smooths_a_dip_before_it_looks() -> None:
 
 
 def test_knee_with_negative_kl_estimates() -> None:
-    points = [Point(0, kl=-0.02, proxy=9.0), Point(1, kl=0.0, proxy=0.0), Point(2, kl=1.0, proxy=1.0)]
-    assert knee(points).step in (1, 2)
-    assert knee([Point(4, kl=-0.3, proxy=1.0)]).step == 4
+    points = [Point(0, kl=-0.02, proxy=9.0), *(Point(1 + i, kl=float(i), proxy=min(i, 1.0)) for i in range(4))]
+    assert knee(points).step == 2
     with pytest.raises(ValueError, match="no point has a proxy"):
         knee([Point(0, kl=1.0, gold=1.0)])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [Point(i, kl=round(0.09 * i * i, 3), proxy=round(0.8 * 0.3 * i, 3)) for i in range(12)],
+        [Point(i, kl=0.09 * i * i, proxy=float(i * i)) for i in range(12)],  # convex
+        [Point(i, kl=float(i), proxy=-float(i)) for i in range(6)],
+        [Point(i, kl=float(i), proxy=1.0) for i in range(6)],
+        [Point(i, kl=1.0, proxy=float(i)) for i in range(6)],
+        [Point(4, kl=0.3, proxy=1.0)],
+        [Point(i, kl=-0.1, proxy=float(i)) for i in range(3)],
+    ],
+)
+def test_where_there_is_no_knee_none_is_named(points: list[Point]) -> None:
+    for seed in range(3):
+        with pytest.raises(ValueError, match=r"no knee: .* give a score"):
+            knee(random.Random(seed).sample(points, len(points)))
+    assert choose(Curve("run", points)) is None
 
 
 # ------------------------------------------------------------------ noise
@@ -182,10 +206,11 @@ def test_choose_names_the_checkpoint_saved_nearest() -> None:
     saved = {step: Path(f"step={step:05d}-kl=1.000.ckpt") for step in (0, 10, 20)}
     curve = Curve("run", points_of([0.0, 1.0, 4.0], [0.0, 1.0, 0.5], se=0.0), checkpoints=saved)
     curve.points = [replace(point, step=12 * point.step) for point in curve.points]
-    choice = choose(curve)
+    choice = select(curve, "gold")
+    assert choose(curve) == choice
     assert (choice.policy, choice.point.step, choice.checkpoint_step) == ("gold", 12, 10)
     assert choice.checkpoint == saved[10]
-    assert choose(Curve("run", curve.points)).checkpoint is None
+    assert select(Curve("run", curve.points), "gold").checkpoint is None
 
 
 def test_the_nearest_file_is_nearest_over_root_kl_and_its_own_regret_is_told() -> None:
@@ -225,8 +250,9 @@ def test_a_file_whose_kl_was_not_measured_lies_between_its_neighbours() -> None:
 
 
 def test_choose_falls_back_to_the_knee_without_gold() -> None:
-    curve = Curve("run", [Point(i, kl=float(i), proxy=math.sqrt(i)) for i in range(9)])
+    curve = Curve("run", [Point(i, kl=float(i), proxy=math.tanh(i)) for i in range(9)])
     choice = choose(curve)
+    assert choice is not None
     assert choice.policy == "knee"
     assert choice.best is None
 
@@ -243,7 +269,14 @@ PEAK = KnownPeak(Interval(1.5, 1.2, 1.9), Interval(0.4, 0.3, 0.5), "fitted to an
 def test_opt_4_every_policy_ignores_gold_offset_and_row_order() -> None:
     d = [0.3 * i for i in range(12)]
     points = [
-        Point(i, kl=x * x, proxy=x, gold=x - 0.3 * x * x, heldout=x - 0.2 * x * x, win_rate=0.5 + 0.1 * math.sin(x))
+        Point(
+            i,
+            kl=x * x,
+            proxy=math.tanh(x),
+            gold=x - 0.3 * x * x,
+            heldout=x - 0.2 * x * x,
+            win_rate=0.5 + 0.1 * math.sin(x),
+        )
         for i, x in enumerate(d)
     ]
     for policy in POLICIES:
@@ -252,7 +285,7 @@ def test_opt_4_every_policy_ignores_gold_offset_and_row_order() -> None:
         assert select(Curve("a", shifted), policy, budget=6.0, peak=PEAK).point.step == expected
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "knee"])
 def test_opt_4_ties_and_a_single_point(policy: Policy) -> None:
     tie = [
         Point(s, kl=2.0, proxy=1.0, gold=1.0, gold_se=0.0, heldout=1.0, heldout_se=0.0, win_rate=0.6) for s in (4, 2, 9)
