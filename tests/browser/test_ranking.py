@@ -290,6 +290,27 @@ def test_nothing_sticks_out_and_texts_do_nothing(width: int, scheme: str, serve:
     assert ATTACK in page.locator(".card .body").first.text_content()
 
 
+def test_conversations_are_shown_from_their_beginning(visit: Any, tmp_path: Path) -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "مرحبا"}]
+    texts = ["| a | b |\n|:--|--:|\n| 1 | 2 |\n" + "many words " * 1000, "مرحبا", "```python\nx = 1\n```"]
+    row = {"prompt": prompt, "completions": [[{"role": "assistant", "content": text}] for text in texts]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    server = Server(tmp_path, f"--responses={tmp_path / 'chat.jsonl'}", "--annotators=ann")
+    try:
+        page = visit(server.links["ann"], width=390)
+        assert page.locator("#prompt .role").all_text_contents() == ["system", "user"]
+        assert page.locator(".card .role").count() == 0
+        for card in page.locator(".card").all():
+            top, body = (card.locator(part).bounding_box() for part in (".top", ".text"))
+            assert top["y"] + top["height"] <= body["y"] <= top["y"] + top["height"] + 20
+            assert body["width"] > 250
+        direction = "element => getComputedStyle(element).direction"
+        assert page.locator("#prompt .text").nth(1).evaluate(direction) == "rtl"
+        assert page.locator("td.right").evaluate("element => getComputedStyle(element).textAlign") == "right"
+    finally:
+        server.kill()
+
+
 def test_a_wrong_link_is_told(serve: Any, visit: Any, browser: Any) -> None:
     server = serve("--annotators=ann")
     context = browser.new_context()  # the refusal is an error in its console

@@ -64,7 +64,15 @@ def _reader() -> MarkdownIt:
         tokens[index].attrSet("rel", "noopener noreferrer nofollow")
         return str(self.renderToken(tokens, index, options, env))
 
+    def cell_open(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
+        style = tokens[index].attrs.pop("style", "")  # the page's policy allows no styles in HTML
+        if style:
+            tokens[index].attrSet("class", str(style).removeprefix("text-align:"))
+        return str(self.renderToken(tokens, index, options, env))
+
     reader.add_render_rule("link_open", link_open)
+    for name in ("th_open", "td_open"):
+        reader.add_render_rule(name, cell_open)
     return reader
 
 

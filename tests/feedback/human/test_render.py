@@ -14,7 +14,7 @@ TEXT = ("p", "br", "em", "strong", "s", "code", "pre", "span", "ul", "ol", "li",
 TABLES = ("table", "thead", "tbody", "tr", "th", "td")
 HARMLESS = {*TEXT, *TABLES, *(f"h{level}" for level in range(1, 7))}
 ATTRIBUTES = {"a": {"href", "title", "target", "rel"}, "code": {"class"}, "span": {"class"}, "ol": {"start"}}
-ATTRIBUTES |= {"td": {"style"}, "th": {"style"}}
+ATTRIBUTES |= {"td": {"class"}, "th": {"class"}}
 
 
 class Tags(HTMLParser):
@@ -26,8 +26,8 @@ class Tags(HTMLParser):
             assert name in ATTRIBUTES.get(tag, set()), (tag, name)
             if name == "href":
                 assert not re.match(r"\s*(javascript|vbscript|data|file):", value or "", re.I)
-            if name == "style":
-                assert value in ("text-align:left", "text-align:right", "text-align:center")
+            if name == "class" and tag in ("td", "th"):
+                assert value in ("left", "right", "center")
 
 
 def check(html: str) -> None:
@@ -81,6 +81,7 @@ def test_markdown_is_read_and_its_code_coloured() -> None:
         assert part in html
     assert "one<br" in html
     assert "<span" not in to_html("```nosuchlanguage\nfor\n```")
+    assert '<td class="right">1</td>' in to_html("| a |\n|--:|\n| 1 |")
     assert ".k " in code_css()
     assert "prefers-color-scheme: dark" in code_css()
 

@@ -301,6 +301,6 @@ def test_a_damaged_file_of_tokens(content: str, tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken() -> None:
-    with listen(HOST, 0) as where:
-        with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1 port \d+: .*another --port"):
-            listen(HOST, where.getsockname()[1])
+    taken = r"cannot listen on 127\.0\.0\.1 port \d+: .*another --port"
+    with listen(HOST, 0) as where, pytest.raises(UserError, match=taken):
+        listen(HOST, where.getsockname()[1])

@@ -167,12 +167,12 @@ function element(tag, properties = {}, ...children) {
 
 function texts(messages) {
   return messages.flatMap(({ role, html, text }) => {
-    const body = element("div", { className: "text" });
+    const body = element("div", { className: "text", dir: "auto" });
     if (asWritten) {
       body.classList.add("as-written");
       body.textContent = text;
     } else body.innerHTML = html;
-    return role ? [element("div", { className: "role", textContent: role }), body] : [body];
+    return role && !(messages.length === 1 && role === "assistant") ? [element("div", { className: "role", textContent: role }), body] : [body];
   });
 }
 
@@ -188,7 +188,7 @@ function fill() {
   $("question").textContent = QUESTIONS[task.aspect][isPair() ? 0 : 1] + (task.aspects.length > 1 ? ` (${task.aspects.indexOf(task.aspect) + 1} of ${task.aspects.length})` : "");
   $("answers").replaceChildren(...task.answers.map((messages, n) => {
     const flag = element("button", { className: "flag", textContent: "Unsafe", title: `Answer ${LETTERS[n]} is unsafe (Shift ${n + 1})`, onclick: () => toggleUnsafe(n) });
-    const top = element("div", {}, letter(n), element("span", { className: "rank" }), flag);
+    const top = element("div", { className: "top" }, letter(n), element("span", { className: "rank" }), flag);
     const body = element("div", { className: "body", tabIndex: 0 }, ...texts(messages));
     return element("article", { className: "card", ariaLabel: `Answer ${LETTERS[n]}` }, top, body);
   }));
