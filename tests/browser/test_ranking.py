@@ -253,6 +253,9 @@ def test_pairs_are_judged_with_strength_ties_flags_skips_and_undo(serve: Any, vi
     assert page.locator(".card.unsafe").count() == 1
     assert page.locator("#tie").get_attribute("aria-pressed") == "true"
     assert len(server.judgements()) == 1
+    page.reload()  # what was undone is still there as it was said
+    page.wait_for_selector(".card.unsafe")
+    assert page.locator("#tie").get_attribute("aria-pressed") == "true"
 
 
 def test_letters_are_moved_and_tied_with_the_keyboard_alone(serve: Any, visit: Any) -> None:
@@ -306,7 +309,7 @@ def test_conversations_are_shown_from_their_beginning(visit: Any, tmp_path: Path
             assert body["width"] > 250
         direction = "element => getComputedStyle(element).direction"
         assert page.locator("#prompt .text").nth(1).evaluate(direction) == "rtl"
-        assert page.locator("td.right").evaluate("element => getComputedStyle(element).textAlign") == "right"
+        assert page.locator("td.right").first.evaluate("element => getComputedStyle(element).textAlign") == "right"
     finally:
         server.kill()
 

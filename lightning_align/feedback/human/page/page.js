@@ -136,6 +136,7 @@ function show(found, sent) {
     paint();
     return;
   }
+  if (state.before) remember(draftKey(), { ...state.before, looked: 0 });
   const draft = state.before ?? recall(draftKey());
   tiers = [];
   (draft?.ranks ?? []).forEach((rank, n) => { if (rank) (tiers[rank - 1] ??= []).push(n); });
@@ -465,18 +466,15 @@ document.addEventListener("visibilitychange", () => {
 // ------------------------------------------------------------------------------------------------------------- start
 showGuide(matchMedia("(min-width: 901px)").matches);
 const start = async () => {
-  try {
-    const pending = recall(pendingKey());
-    if (pending) {
-      await ask("/api/judge", pending).catch((error) => { if (error.status !== 409) throw error; });
-      remember(pendingKey(), null);
-      remember(`draft ${token} ${pending.item} ${pending.aspect}`, null);
-    }
-    await begin();
-  } catch (error) {
+  const pending = recall(pendingKey());
+  let refused = "";
+  if (pending) {
+    await ask("/api/judge", pending).catch((error) => { refused = error.status === 409 ? "" : error.message; });
     remember(pendingKey(), null);
-    notice(error.message);
+    if (!refused) remember(`draft ${token} ${pending.item} ${pending.aspect}`, null);
   }
+  await begin().catch((error) => { refused = error.message; });
+  notice(refused);
 };
 addEventListener("hashchange", () => location.reload());
 start();
