@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> int:
         help="free: fit the true score at the start instead of using the measured one (always, if none was measured)",
     )  # fmt: skip
     parser.add_argument(
-        "--source", choices=("auto", "eval", "train", "plain", "trl"), default="auto",
-        help="eval: eval/lab/…; train: lab/…; plain: kl, proxy, gold; trl: objective/… (default: the first there is)",
+        "--source", choices=("auto", "measured", "eval", "train", "plain", "trl"), default="auto",
+        help="measured: a run's measured.csv; eval: eval/lab/…; train: lab/…; plain: kl, proxy, gold; "
+        "trl: objective/… (default: the first there is)",
     )  # fmt: skip
     parser.add_argument(
         "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of a CSV, such as kl=objective/kl"
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     outputs |= more
     write_all(outputs)
     print(finding.headline)
-    for sentence in finding.sentences:
+    for sentence in (*finding.sentences, *curves[0].told_left_out()):
         print(f"  {sentence}")
     if analysis.choice is not None and analysis.choice.checkpoint is not None:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
@@ -97,7 +98,10 @@ def _seeds(options: Namespace, curves: "Sequence[Curve]", out: Path) -> int:
         out / "overopt.json": to_json(summarise_seeds(seeds, options.run)).encode(),
     }
     write_all(outputs)
-    print("\n".join([headline(seeds), *(f"  {told}" for told in sentences(seeds))]))
+    left_out = [
+        f"{run}: {line}" for run, curve in zip(options.run, curves, strict=True) for line in curve.told_left_out()
+    ]
+    print("\n".join([headline(seeds), *(f"  {told}" for told in (*sentences(seeds), *left_out))]))
     print(f"wrote {', '.join(map(str, outputs))}")
     return 0
 

@@ -131,7 +131,7 @@ def _choose(run: Path, curve: "Curve", options: Namespace, given: "Sequence[Know
             raise UserError(f"{run}: {error}") from error
         print(f"{run}: {str(error).partition(';')[0]}")
         choice = select(curve, "budget", budget=options.budget)
-    print("\n".join(_told(run, choice)))
+    print("\n".join([*_told(run, choice), *(f"  {line}" for line in curve.told_left_out())]))
     return choice
 
 

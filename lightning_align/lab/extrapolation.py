@@ -62,8 +62,8 @@ def foresee(runs: Sequence[Series], share: float) -> Foresight | None:
     if distances < FEWEST_POINTS or sum(len(far.d) for _, far in known) < 2:
         return None
     try:
-        predicted = {form: _error(known, _law(nears, form)) for form in FORMS}
         hindsight = {form: _error(known, _law(runs, form)) for form in FORMS}
+        predicted = {form: _error(known, _law(nears, form)) for form in FORMS}
     except ValueError:  # one distance so far out that the others are one beside it
         return None
     return Foresight(

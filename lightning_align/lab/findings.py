@@ -23,8 +23,8 @@ Kind = Literal[
 FORM_NAMES: dict[FormName, str] = {"rl": "RL", "bon": "best-of-n"}
 FEWEST_FREEDOM = 2.0  # degrees of freedom of the noise: six checkpoints, unless their errors were measured
 TOO_FEW = (
-    f"That takes at least six checkpoints with a true score, {FEWEST_POINTS + 1} of them at a KL above "
-    f"{SMALLEST_D**2:g}: evaluate more often (model.eval_every)."
+    f"That takes at least six checkpoints with a true score, {FEWEST_POINTS} of them at a KL of {SMALLEST_D**2:g} or "
+    f"more ({FEWEST_POINTS + 1} where none lies at KL 0): evaluate more often (model.eval_every)."
 )
 ONE_RUN = (
     "Intervals are 95 %, from this run's checkpoints alone (for the fit by a block bootstrap); they understate the "

@@ -1,6 +1,5 @@
 """Whether a held-out reward model is independent of the one that training maximised (METHODS section 14, OPT-6)."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from lightning_align.data.sources import PLAYGROUND
 from lightning_align.errors import UserError
 from lightning_align.lab.measured import read_measured
 from lightning_align.lab.runs import Curve
@@ -86,8 +86,16 @@ def _data(run: Path) -> Mapping[str, Any]:
     return (content.get("data") or {}).get("init_args", {}) if isinstance(content, dict) else {}
 
 
+def _records(data: Mapping[str, Any]) -> tuple[str, Any]:
+    """What a training set is drawn from. Options of the playground other than the seed do not make other records."""
+    path = str(data.get("path"))
+    if path == PLAYGROUND:
+        return path, (data.get("playground") or {}).get("seed", 0)
+    return str(Path(path).expanduser().resolve()), None
+
+
 def _share(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two training sets overlap: of the same records, and not one half each."""
-    if not one.get("path") or json.dumps(one["path"]) != json.dumps(other.get("path")):
+    if not one.get("path") or _records(one) != _records(other):
         return False
     return {one.get("leave_out"), other.get("leave_out")} != {"1/2", "2/2"}

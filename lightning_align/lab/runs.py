@@ -20,6 +20,8 @@ EPISODES = "episode"  # column: answers that the policy has given in training so
 STEP_COLUMNS = ("step", "iteration", "global_step")
 MEASURED_FILE = "measured.jsonl"  # what was measured of a run's checkpoints afterwards, and its table
 MEASURED_TABLE = "measured.csv"
+LARGEST_SCORE = 1e12  # beyond this a number is no score, and pictures of it fail
+NEGATIVE_KL = 1.0  # below minus this (with an error: five of them, at least a tenth) a KL is not one with noise
 ENOUGH_EVALUATIONS = 4  # fewer evaluations than this give way to the training iterations, if those are more
 CHECKPOINT_NAME = re.compile(r"step=(\d+)(?:-kl=(-?[\d.]+|nan|inf))?\.ckpt")
 
@@ -112,6 +114,15 @@ class Curve:
         """Whether any point has a gold score."""
         return any(math.isfinite(point.gold) for point in self.points)
 
+    def told_left_out(self) -> list[str]:
+        """A line with the count of what was left out and of what has no true score beside others; none without any."""
+        without = sum(not math.isfinite(point.gold) for point in self.points) if self.has_gold else 0
+        told = [f"steps left out, for want of a KL or of a score that is a number: {self.left_out}"] * (
+            self.left_out > 0
+        )
+        told += [f"steps without a true score: {without} of {len(self.points)}"] * (without > 0)
+        return ["; ".join(told)] if told else []
+
 
 def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] | None = None) -> Curve:
     """Read a run directory, or a CSV with a row per checkpoint; :class:`UserError` if there is no curve in it.
@@ -185,13 +196,14 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> "Table":
-        """:class:`UserError` for what is not a CSV, or a row that is longer than the header."""
+        """:class:`UserError` for what is not a CSV, a column that is there twice, or a row longer than the header."""
         rows, lines = [], []
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file, restval="", skipinitialspace=True)
                 header = [name.strip() for name in reader.fieldnames or []]
                 reader.fieldnames = header
+                _check_header(path, header)
                 for row in reader:
                     if None in row:
                         raise UserError(f"{path} line {reader.line_num}: more cells than the header has columns")
@@ -222,6 +234,15 @@ class Table:
         return ", ".join(self.header[:12]) + more or "no columns"
 
 
+def _check_header(path: Path, header: list[str]) -> None:
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and mark in header[0]:
+            raise UserError(f"{path}: its columns are separated by {name}: write them with commas")
+    twice = next((name for index, name in enumerate(header) if name and name in header[:index]), None)
+    if twice is not None:
+        raise UserError(f"{path} has the column '{twice}' twice: rename or remove one")
+
+
 def choose_family(table: Table, source: str, columns: Mapping[str, str]) -> Family:
     """The columns to read: those asked for, else evaluations, else what else is there."""
     for key, column in columns.items():
@@ -245,13 +266,20 @@ def choose_family(table: Table, source: str, columns: Mapping[str, str]) -> Fami
     if not present:
         raise UserError(
             f"{table.path} has no curve over KL: it needs lab/kl with lab/proxy or lab/gold (online methods log them), "
-            f"or columns kl and proxy or gold; it has {table}. Name others with --columns kl=NAME proxy=NAME"
+            f"or columns kl and proxy or gold; it has {table}{_case_hint(table)}. Name others with --columns kl=NAME "
+            "proxy=NAME"
         )
     if "eval" in present and "train" in present:
         evaluations, iterations = (table.count(present[name].columns["kl"]) for name in ("eval", "train"))
         if evaluations < min(ENOUGH_EVALUATIONS, iterations):
             return present["train"]
     return next(iter(present.values()))
+
+
+def _case_hint(table: Table) -> str:
+    known = {column for family in FAMILIES for column in family.columns.values()}
+    other = [name for name in table.header if name not in known and name.lower() in known]
+    return f" (case counts: '{other[0]}' is not '{other[0].lower()}')" if other else ""
 
 
 def _own_family(table: Table, own: Mapping[str, str], base: Family | None) -> Family:
@@ -272,7 +300,14 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
     if len({row["seed"] for row in table.rows if row.get("seed")}) > 1:
         raise UserError(f"{table.path} holds several seeds (column 'seed'): give a file for each")
     steps = step_column or next((name for name in STEP_COLUMNS if name in table.header), None)
+    misspelt = next((name for name in table.header if steps is None and name.lower() in STEP_COLUMNS), None)
+    if misspelt is not None:
+        raise UserError(
+            f"{table.path}: case counts, '{misspelt}' is not '{misspelt.lower()}': rename it, or give --columns "
+            f"step={misspelt}"
+        )
     merged: dict[int, dict[str, float]] = {}
+    kl_lines: dict[int, int] = {}
     for index, row in enumerate(table.rows):
         filled = {key: column for key, column in family.columns.items() if row.get(column)}
         if not filled:
@@ -280,10 +315,23 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
         step = float(index) if steps is None else table.number(index, steps)
         if not step.is_integer():
             raise UserError(f"{table.path} line {table.lines[index]}: '{steps}' must be a whole number beside scores")
-        merged.setdefault(int(step), {}).update({key: table.number(index, filled[key]) for key in filled})
+        cells = {key: table.number(index, filled[key]) for key in filled}
+        for key, value in cells.items():
+            if key != "kl" and LARGEST_SCORE < abs(value) < math.inf:
+                where = f"{table.path} line {table.lines[index]}"
+                raise UserError(f"{where}: {value:g} in column '{filled[key]}' is no score: mend it, or leave it empty")
+        merged.setdefault(int(step), {}).update(cells)
+        if "kl" in cells:
+            kl_lines[int(step)] = table.lines[index]
     points = []
     for step, cells in sorted(merged.items()):
         values = {key: value for key, value in cells.items() if math.isfinite(value)}
+        noise = max(0.1, 5 * values["kl_se"]) if "kl_se" in values else NEGATIVE_KL
+        if values.get("kl", 0.0) < -noise:
+            raise UserError(
+                f"{table.path} line {kl_lines[step]}: {values['kl']:g} in column '{family.columns['kl']}' is below 0 "
+                "by more than noise, which no KL is: is its sign turned round? Give KL(π‖π_init), summed over an answer"
+            )
         if "kl" in values and set(SCORES) & set(values):
             points.append(Point(step, **values))
     return points, len(merged) - len(points)

@@ -38,7 +38,8 @@ class Seeds:
         peaks: ln d* of the runs whose own fit peaks among their checkpoints, with Student's interval over them.
         rises: Of each run, true score at the peak of the common law minus that at the start, averaged, with Student's
             interval. Where that peak is not among the checkpoints, the best place of each run stands for it.
-        falls: The same, true score at the end minus that at the peak.
+        falls: The same, true score at the end minus that at the peak; NaN where ``at_top`` is above 0.
+        at_top: Runs in which the end is at the peak, or at the best place.
     """
 
     form: FormName
@@ -49,6 +50,7 @@ class Seeds:
     peaks: Estimate
     rises: Estimate
     falls: Estimate
+    at_top: int
 
     @property
     def joint(self) -> JointResult:
@@ -93,7 +95,13 @@ def analyse_seeds(curves: Sequence[Curve], *, form: FormName = "rl", free_start:
         for analysis in used
         if (result := analysis.result) is not None and result.status == "in range" and result.fit.peak_d
     ]
-    forms = {name: analyse_jointly(series, name) for name in FORMS}
+    try:
+        forms = {name: analyse_jointly(series, name) for name in FORMS}
+    except ValueError as error:
+        farthest = max(float(run.d.max()) ** 2 for run in series)
+        raise UserError(
+            f"no law fits the runs together ({error}): is their largest KL, {farthest:.3g}, right?"
+        ) from error
     joint = forms[form]
     changes = [_changes(analysis, joint.fit.peak_d if joint.status == "in range" else None) for analysis in used]
     return Seeds(
@@ -105,6 +113,7 @@ def analyse_seeds(curves: Sequence[Curve], *, form: FormName = "rl", free_start:
         peaks=student(np.array(own)),
         rises=student(np.array([rise for rise, _ in changes])),
         falls=student(np.array([fall for _, fall in changes])),
+        at_top=sum(math.isnan(fall) for _, fall in changes),
     )
 
 
@@ -188,10 +197,15 @@ def _about_runs(seeds: Seeds) -> list[str]:
             f"Fitted alone, {seeds.peaks.n} of {count} runs peak among their checkpoints{others}: at KL "
             f"{kl_text(middle)} on average (interval {kl_interval(Interval(middle, low, high))})."
         )
-    if seeds.falls.n > 1:
-        top = "peak" if seeds.peak is not None else "best, which is flattered as the best of several"
+    if seeds.at_top:
         told.append(
-            f"At the end the true score is {number(seeds.falls.value)} from its {top} (interval "
+            f"In {seeds.at_top} of {count} runs the last checkpoints are the highest: no fall is measured over runs."
+        )
+    elif seeds.falls.n > 1:
+        top = "peak" if seeds.peak is not None else "best, which is flattered as the best of several"
+        side = "below" if seeds.falls.value < 0 else "above"
+        told.append(
+            f"At the end the true score is {number(abs(seeds.falls.value))} {side} its {top} (end minus that: "
             f"{number(seeds.falls.low)} to {number(seeds.falls.high)} over runs)."
         )
     return told

@@ -165,6 +165,15 @@ def test_source_chooses_between_evaluations_and_training(run: Path) -> None:
         assert json.loads(Path("both/overopt.json").read_text())["source"] == expected
 
 
+def test_source_takes_what_was_measured_afterwards(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["lab", "overopt", "runs/ppo", "--source", "measured"]) == 2
+    assert "runs/ppo has no measured.csv: lab frontier runs/ppo --recompute makes it" in capsys.readouterr().err
+    Path("runs/ppo/measured.csv").write_text("step,kl,proxy,gold\n" + "".join(f"{i},{i},{i},{i}\n" for i in range(9)))
+    for source, expected in (("measured", "measured"), ("auto", "measured"), ("eval", "eval")):
+        assert cli.run(["lab", "overopt", "runs/ppo", "--source", source]) == 0
+        assert json.loads(Path("runs/ppo/overopt.json").read_text())["source"] == expected
+
+
 def test_help_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys\nfrom lightning_align.cli.main import run\nrun(['lab'])\n"

@@ -12,7 +12,9 @@ import yaml
 from PIL import Image
 
 from lightning_align.cli.main import run
+from lightning_align.lab.heldout import overlap
 from lightning_align.lab.measured import fingerprint
+from lightning_align.lab.runs import load_curve
 
 STEPS = range(0, 20, 2)
 
@@ -173,6 +175,45 @@ def test_the_fairer_win_rate_comes_with_its_own_error(folder: Path) -> None:
         assert json.loads(Path("selection.json").read_text())["runs"][0]["step"] == step
 
 
+def test_what_was_left_out_is_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = rows()
+    content[2]["kl"], content[3]["kl"], content[4]["gold"], content[5]["gold"] = math.nan, math.inf, "", math.nan
+    content[6] |= {"proxy": "", "gold": ""}
+    name = write_csv(Path("r.csv"), content)
+    line = "  steps left out, for want of a KL or of a score that is a number: 3; steps without a true score: 2 of 7\n"
+    for command in ("select", "overopt"):
+        assert run(["lab", command, name]) == 0
+        assert line in capsys.readouterr().out
+    whole = write_csv(Path("whole.csv"), rows())
+    assert run(["lab", "overopt", name, whole]) == 0
+    out = capsys.readouterr().out
+    assert "  r.csv: steps left out" in out
+    assert "whole.csv: steps" not in out
+    for command in ("select", "overopt"):
+        assert run(["lab", command, whole]) == 0
+        assert "steps left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kl", [1e12, 1e30, 1e300])
+def test_one_huge_kl_is_no_crash(folder: Path, kl: float) -> None:
+    content = rows()
+    content[-1]["kl"] = kl
+    name = write_csv(Path("r.csv"), content)
+    for command in ("select", "overopt"):
+        assert run(["lab", command, name]) == 0
+    assert json.loads(Path("overopt.json").read_text())["extrapolation"] == []
+
+
+def test_a_huge_kl_among_several_runs_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = rows()
+    content[-1]["kl"] = 1e30
+    names = [write_csv(Path(f"{i}.csv"), each) for i, each in enumerate((content, rows()))]
+    assert run(["lab", "overopt", *names]) == 2
+    error = capsys.readouterr().err
+    assert "no law fits the runs together (too few distances" in error
+    assert "is their largest KL, 1e+30, right?" in error
+
+
 def test_scores_that_are_not_numbers_and_kl_that_goes_back(folder: Path) -> None:
     content = rows()[::-1]
     best = max(content, key=lambda r: r["gold"])
@@ -240,11 +281,12 @@ def test_that_the_budget_is_part_of_the_regret_is_told(folder: Path, capsys: pyt
 
 
 # ------------------------------------------------------------------ held-out rewards (OPT-6)
-def trained(path: Path, leave_out: str | None) -> str:
-    path.mkdir(parents=True)
-    (path / "run.json").write_text('{"status": "finished"}')
-    (path / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"path": "p", "leave_out": leave_out}}}))
-    return str(path)
+def trained(run: Path, leave_out: str | None = None, **data: Any) -> str:
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"status": "finished"}')
+    options = {"path": "p", "leave_out": leave_out, **data}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": options}}))
+    return str(run)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +310,31 @@ def test_opt_6_a_reward_with_the_proxys_comparisons_is_told(
     out = capsys.readouterr().out
     assert ("warning: r: the held-out reward judge and the proxy proxy share comparisons" in out) == warned
     assert "keep step 6 (KL 2.25), by heldout" in out
+
+
+@pytest.mark.parametrize(
+    ("proxy", "judge", "shared"),
+    [
+        ({"path": "playground"}, {"path": "playground", "playground": {"seed": 0, "size": 9}}, True),
+        ({"path": "playground", "playground": {"seed": 1}}, {"path": "playground", "playground": {"seed": 2}}, False),
+        ({"path": "playground", "playground": None}, {"path": "playground", "playground": {"seed": 1}}, False),
+        ({"path": "pairs.jsonl"}, {"path": "{folder}/there/../pairs.jsonl"}, True),
+        ({"path": "pairs.jsonl"}, {"path": "{folder}/others.jsonl"}, False),
+    ],
+)
+def test_opt_6_comparisons_are_the_same_by_place_and_by_the_playgrounds_seed(
+    folder: Path, proxy: dict[str, Any], judge: dict[str, Any], shared: bool
+) -> None:
+    (folder / "there").mkdir()
+    judge = {**judge, "path": judge["path"].format(folder=folder)}
+    parts = {
+        "main": {"source": trained(Path("proxy"), **proxy), "weight": 1.0},
+        "heldout": {"source": trained(Path("judge"), **judge), "weight": 0.0},
+    }
+    content = [{"step": step, "lab/kl": float(step), "lab/proxy": 1.0} for step in STEPS]
+    directory = run_directory(Path("r"), content, parts)
+    said = overlap(directory, load_curve(directory))
+    assert (said is not None) == shared
 
 
 def test_opt_6_what_was_measured_afterwards_is_checked_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

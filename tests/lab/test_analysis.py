@@ -188,6 +188,20 @@ def test_few_points_claim_nothing(make_curve: MakeCurve, law: Law, count: int) -
     assert "at KL" not in finding.headline
 
 
+def test_too_few_are_as_many_as_it_says(make_curve: MakeCurve, law: Law) -> None:
+    whole = make_curve(lambda d: law(d, 0.55, 0.35), count=9)
+    few = [p for p in whole.points if p.kl == 0] * 4 + whole.points[1:]
+    few = [replace(point, step=step, gold_se=0.01) for step, point in enumerate(few)]
+    for count, kind in ((3, True), (4, False)):
+        finding = conclude(analyse(Curve("few", few[: 4 + count])))
+        assert (finding.kind == "too few") == kind
+    beyond = few[4:]
+    for count, kind in ((4, True), (5, False)):
+        finding = conclude(analyse(Curve("few", beyond[:count])))
+        assert (finding.kind == "too few") == kind
+        assert not kind or "4 of them at a KL of 0.01 or more (5 where none lies at KL 0)" in finding.text
+
+
 def test_no_gold_offers_the_knee_as_a_weak_hint(make_curve: MakeCurve) -> None:
     curve = make_curve(lambda d: 0 * d)
     curve.points = [replace(point, gold=math.nan, proxy=math.tanh(point.proxy)) for point in curve.points]

@@ -109,6 +109,10 @@ def test_a_plain_csv_in_any_order(table: Callable[[str], Path]) -> None:
     ]
 
 
+def test_columns_without_a_name_may_be_several(table: Callable[[str], Path]) -> None:
+    assert len(load_curve(table("step,kl,proxy,,\n0,0,1,,\n1,1,2,,\n")).points) == 2
+
+
 def test_without_a_step_column_rows_are_counted(table: Callable[[str], Path]) -> None:
     assert [point.step for point in load_curve(table("kl,proxy\n0,1\n1,2\n\n2,3\n")).points] == [0, 1, 2]
 
@@ -149,6 +153,17 @@ def test_a_step_that_was_logged_twice_keeps_the_last_value(table: Callable[[str]
     assert points[1] == Point(1, kl=0.6, proxy=4.0)
 
 
+def test_a_kl_below_0_by_more_than_noise_is_refused_with_its_line(table: Callable[[str], Path]) -> None:
+    refused = r"curve.csv line 4: -1.4 in column 'kl' is below 0 by more than noise, which no KL is: is its sign"
+    with pytest.raises(UserError, match=refused):
+        load_curve(table("step,kl,proxy\n0,0,1\n1,-0.9,2\n2,-1.4,3\n3,-10,3\n"))
+    with pytest.raises(UserError, match=r"line 3: -0\.3 in column 'kl'"):
+        load_curve(table("step,kl,kl_se,proxy\n0,-0.09,0,1\n1,-0.3,0.05,2\n"))
+    with pytest.raises(UserError, match="line 3: -7 in column 'kl'"):  # the last of a step counts
+        load_curve(table("step,kl,proxy\n0,0.5,1\n0,-7,\n0,,4\n"))
+    assert len(load_curve(table("step,kl,kl_se,proxy\n0,-0.09,0.001,1\n1,-2,0.5,2\n2,-0.9,,3\n")).points) == 3
+
+
 def test_negative_kl_is_kept_as_a_point_without_distance(table: Callable[[str], Path]) -> None:
     point = load_curve(table("step,kl,proxy\n0,-0.01,1\n")).points[0]
     assert point.kl == -0.01
@@ -168,6 +183,13 @@ def test_negative_kl_is_kept_as_a_point_without_distance(table: Callable[[str], 
         ("step,kl,proxy\n1.5,0.1,1\n", {}, r"line 2: 'step' must be a whole number"),
         ("step,kl,proxy\n1,0.1,1,5\n", {}, r"line 2: more cells than the header"),
         ("seed,step,kl,proxy\n0,1,0.1,1\n1,1,0.1,1\n", {}, r"holds several seeds .* give a file for each"),
+        ("step,kl,kl,proxy\n1,0.1,2,1\n", {}, r"curve.csv has the column 'kl' twice: rename or remove one"),
+        ("step;kl;proxy\n1;0,1;2\n", {}, r"curve.csv: its columns are separated by semicolons: write them with commas"),
+        ("step\tkl\tproxy\n1\t0.1\t2\n", {}, r"its columns are separated by tabs: write them with commas"),
+        ("Step, KL, Proxy\n1,0.1,2\n", {}, r"it has Step, KL, Proxy \(case counts: 'KL' is not 'kl'\)\. Name others"),
+        ("Step,kl,proxy\n1,0.1,2\n", {}, r"case counts, 'Step' is not 'step': rename it, or give --columns step=Step"),
+        ("step,kl,gold\n1,0.1,1\n2,0.2,1e308\n", {}, r"line 3: 1e\+308 in column 'gold' is no score: mend it"),
+        ("step,kl,proxy\n1,0.1,-2e12\n", {}, r"line 2: -2e\+12 in column 'proxy' is no score"),
         ("step,kl,proxy\n1,0.1,1\n", {"source": "eval"}, r"nothing for --source eval \(found: plain\)"),
         ("step,kl,proxy\n1,0.1,1\n", {"columns": {"kl": "KL"}}, r"no column 'KL' \(it has step, kl, proxy\)"),
         ("step,kl,proxy\n1,0.1,1\n", {"columns": {"reward": "proxy"}}, "'reward' is none of step, kl, proxy, gold"),

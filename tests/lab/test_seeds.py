@@ -69,6 +69,16 @@ def test_runs_that_only_rise_have_no_peak(law: Law) -> None:
     assert rising.peak is None
     assert rising.collapse is None
     assert "no peak of the true score can be claimed" in headline(rising)
+    told = " ".join(sentences(rising))
+    assert "In 3 of 3 runs the last checkpoints are the highest: no fall is measured over runs." in told
+    assert "–" not in told
+
+
+def test_the_end_is_below_the_best_or_the_peak(law: Law) -> None:
+    falling = analyse_seeds([curve(law, i, beta=beta) for i, beta in enumerate((0.34, 0.35, 0.36))])
+    assert falling.at_top == 0
+    expected = f"At the end the true score is {-falling.falls.value:.2f} below its peak (end minus that: −"
+    assert any(told.startswith(expected) for told in sentences(falling))
 
 
 def test_the_fall_is_measured_from_the_common_peak(law: Law) -> None:
