@@ -11,8 +11,8 @@ import numpy as np
 
 from lightning_align.errors import UserError
 from lightning_align.lab.claims_file import Arm, Claim
-from lightning_align.lab.claims_measures import measure
-from lightning_align.lab.evaluation.intervals import Estimate, student
+from lightning_align.lab.claims_measures import GAIN, measure, shared_error_of_gains
+from lightning_align.lab.evaluation.intervals import Estimate, student, widened
 from lightning_align.lab.grid import Cell
 
 Verdict = Literal["supported", "contradicted", "undecided"]
@@ -66,7 +66,8 @@ def assess(claim: Claim, cells: Sequence[Cell]) -> Result:
     """Measure both arms, pair the runs whose other labels are the same, and judge.
 
     Runs are paired by every label that the claim does not fix, the seed among them: what they share (a start, a reward
-    model) then leaves the difference.
+    model) then leaves the difference. A gain over the start without a second arm keeps the start's error, which all of
+    its runs may share: the interval holds it.
     """
     arms = [_arm(claim.a, cells), _arm(claim.b, cells) if claim.b is not None else None]
     for arm, found in zip((claim.a, claim.b), arms, strict=True):
@@ -77,7 +78,8 @@ def assess(claim: Claim, cells: Sequence[Cell]) -> Result:
     a = {key: measure(first[key].run, claim.measure) for key in keys}
     b = {key: measure(second[key].run, claim.measure) for key in keys} if second is not None else {}
     runs = [first[key].run for key in keys] + ([second[key].run for key in keys] if second is not None else [])
-    return _result(claim, a, b, runs, "")
+    alone = second is None and claim.measure.kind == GAIN
+    return _result(claim, a, b, runs, "", shared=shared_error_of_gains(runs) if alone else 0.0)
 
 
 def _arm(arm: Arm | None, cells: Sequence[Cell]) -> dict[str, Cell]:
@@ -92,10 +94,12 @@ def _arm(arm: Arm | None, cells: Sequence[Cell]) -> dict[str, Cell]:
     return found
 
 
-def _result(claim: Claim, a: dict[str, float], b: dict[str, float], runs: Sequence[Path], problem: str) -> Result:
+def _result(
+    claim: Claim, a: dict[str, float], b: dict[str, float], runs: Sequence[Path], problem: str, *, shared: float = 0.0
+) -> Result:
     differences = np.array([value - (b[key] if b else 0.0) for key, value in a.items()])
     known = differences[np.isfinite(differences)]
-    effect = student(known)
+    effect = widened(student(known), shared)
     verdict, reason = judge(effect, claim.expect, claim.margin)
     missing = len(differences) - len(known)
     if problem:

@@ -1,7 +1,7 @@
 """What is measured of a finished run as one number: a metric, or a place on its curve of gold over KL or samples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ import numpy as np
 
 from lightning_align.errors import UserError
 from lightning_align.feedback.fields import fault, mapping
-from lightning_align.lab.frontier import Track, load_tracks, roots, samples
+from lightning_align.lab.frontier import load_tracks
+from lightning_align.lab.frontier_tracks import Track, roots, samples, shared_gain_error
 from lightning_align.lab.runs import Table
 from lightning_align.run.directory import METRICS_FILE
 
@@ -21,10 +22,11 @@ PLACES = {
     "kl_to_gold": "KL at which the true score first reaches {place:g}",
     "samples_to_gold": "samples after which the true score first reaches {place:g}",
 }
+GAIN = "gold_gain"
 WHOLE = {
     "best_gold": "highest true score",
     "last_gold": "true score at the end",
-    "gold_gain": "true score at the end minus at the start",
+    GAIN: "true score at the end minus at the start",
 }
 CHANGE = "gold_change"  # with two KLs: from the one to the other, fixed beforehand, so that chance can raise it too
 TAKES = {"last": -1, "first": 0}
@@ -108,7 +110,7 @@ def measure(run: Path, wanted: Measure) -> float:
             {
                 "best_gold": gold.max(),
                 "last_gold": gold[-1],
-                "gold_gain": gold[-1] - gold[0],
+                GAIN: gold[-1] - gold[0],
             }[wanted.kind]
         )
     if wanted.kind in ("gold_at_kl", CHANGE):
@@ -117,6 +119,12 @@ def measure(run: Path, wanted: Measure) -> float:
     if wanted.kind == "gold_at_samples":
         return track.at(samples, wanted.place)
     return _first(track, gold, wanted)
+
+
+def shared_error_of_gains(runs: Sequence[Path]) -> float:
+    """Standard error that the runs' gains from start to end have in common, see :func:`~.shared_gain_error`."""
+    tracks = [track for run in runs for track in load_tracks([run])]
+    return shared_gain_error([(track, np.eye(len(track.points))[-1]) for track in tracks])
 
 
 def _first(track: Track, gold: Any, wanted: Measure) -> float:

@@ -2,117 +2,23 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_align.errors import UserError
-from lightning_align.lab.evaluation.intervals import Estimate, student
+from lightning_align.lab.evaluation.intervals import Estimate, over_runs
 from lightning_align.lab.figures import distance
+from lightning_align.lab.frontier_tracks import Track, mean_gain, roots, samples, together
 from lightning_align.lab.grid import cell_of
 from lightning_align.lab.measured import check_alike, read_measured
-from lightning_align.lab.overopt import Array
 from lightning_align.lab.pareto import pareto
 from lightning_align.lab.runs import Point, load_curve, read_episodes
 
-Z = 1.96  # of a 95 % interval
-TOLERANCE = 1e-3  # in √KL: rounding leaves the start a little above 0
-SEEDS = 3  # runs of a method from which on an interval is one over runs
 MOST_METHODS = 10  # in one picture
 BEST_OF_N = "best-of-n"
 SCORES = {"gold": "true score (gold)", "heldout": "held-out judge", "win_rate": "win rate", "proxy": "reward (proxy)"}
-
-
-@dataclass(frozen=True)
-class Track:
-    """One run.
-
-    Attributes:
-        method: Name of its folder; runs of one name are seeds of one method.
-        run: Its path.
-        points: Checkpoints with the score that methods are compared by, in the order of steps.
-        samples: Answers that the policy had given at each of them; NaN where it is not known.
-        score: Field of a point that methods are compared by.
-        source: Where the points come from, as :func:`~lightning_align.lab.runs.load_curve` calls it.
-        settings: How they were measured, if they were afterwards.
-        answers: Rows with ``step``, ``prompt``, ``completion`` and scores.
-        prompts: The score of every prompt by step, where checkpoints were measured one like the other.
-    """
-
-    method: str
-    run: Path
-    points: Sequence[Point]
-    samples: Sequence[float]
-    score: str = "gold"
-    source: str = "plain"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    answers: Sequence[Mapping[str, Any]] = ()
-    prompts: Mapping[int, Sequence[float]] = field(default_factory=dict)
-
-    @property
-    def start(self) -> Point:
-        """The first checkpoint."""
-        return self.points[0]
-
-    @property
-    def top(self) -> Point:
-        """The checkpoint with the highest score; of equals the nearest."""
-        return max(self.points, key=lambda point: (self.value(point), -distance(point)))
-
-    def value(self, point: Point) -> float:
-        """The score that methods are compared by."""
-        return float(getattr(point, self.score))
-
-    def error(self, point: Point) -> float:
-        """Its standard error over prompts."""
-        return float(getattr(point, f"{self.score}_se"))
-
-    def shares(self, place: Callable[["Track"], Sequence[float]], where: float, score: str | None = None) -> Array:
-        """What each point counts ``[n]`` in the score where ``place`` is ``where``; NaN where the run did not go."""
-        places = np.array(place(self), dtype=np.float64)
-        values = np.array([getattr(point, score or self.score) for point in self.points], dtype=np.float64)
-        order = np.argsort(places, kind="stable")
-        kept = order[np.isfinite(places[order]) & np.isfinite(values[order])]
-        x = places[kept]
-        if not len(x) or not x[0] - TOLERANCE <= where <= x[-1] + TOLERANCE:
-            return np.full(len(places), math.nan)
-        shares = np.zeros(len(places))
-        shares[kept] = [np.interp(where, x, column) for column in np.eye(len(x))]
-        return shares
-
-    def at(self, place: Callable[["Track"], Sequence[float]], where: float, score: str | None = None) -> float:
-        """Score where ``place`` of the points is ``where``, between neighbours; NaN where the run did not go."""
-        shares = self.shares(place, where, score)
-        used = [(share, getattr(point, score or self.score)) for share, point in zip(shares, self.points, strict=True)]
-        return float(sum(share * value for share, value in used if share != 0))
-
-    def gain_error(self, shares: Array) -> float:
-        """Standard error of the gain of a mixture of points over the start.
-
-        0 at the start itself. Over paired prompts where their values are known, else as if both were measured on
-        prompts of their own.
-        """
-        used = [(share, point) for share, point in zip(shares, self.points, strict=True) if share != 0]
-        if all(point is self.start for _, point in used):
-            return 0.0
-        if not all(point.step in self.prompts for point in (self.start, *(point for _, point in used))):
-            nearest = max(used, key=lambda pair: float(pair[0]))[1]
-            return math.hypot(self.error(self.start), self.error(nearest))
-        mixed = sum(share * np.array(self.prompts[point.step]) for share, point in used)
-        gains = mixed - np.array(self.prompts[self.start.step])
-        return student(gains[np.isfinite(gains)]).se
-
-
-def roots(track: Track) -> list[float]:
-    """√KL of the points."""
-    return [distance(point) for point in track.points]
-
-
-def samples(track: Track) -> Sequence[float]:
-    """Answers given so far."""
-    return track.samples
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -159,7 +65,10 @@ def load_tracks(
             curve.source,
             measured[-1]["settings"] if measured else {},
             answers or curve.samples,
-            {row["step"]: _numbers(row["per_prompt"][score]) for row in measured if score in row["per_prompt"]},
+            {
+                name: {row["step"]: _numbers(row["per_prompt"][name]) for row in measured if name in row["per_prompt"]}
+                for name in SCORES
+            },
         )
         tracks.append(track)
     names = {track.method for track in tracks}
@@ -223,45 +132,29 @@ def common_kl(tracks: Sequence[Track]) -> float:
 
 
 def gain(tracks: Sequence[Track], place: Callable[[Track], Sequence[float]], where: float) -> Estimate:
-    """Mean gain of the score over the start, of runs that came that far; see :func:`over_runs` for its interval."""
+    """Mean gain of the score over the start, of runs that came that far; see :func:`mean_gain` for its interval."""
     reached = [track for track in tracks if math.isfinite(track.at(place, where)) and len(track.points) > 1]
-    return over_runs(
-        [track.at(place, where) - track.value(track.start) for track in reached],
-        [track.gain_error(track.shares(place, where)) for track in reached],
-    )
-
-
-def over_runs(values: Sequence[float], errors: Sequence[float]) -> Estimate:
-    """Mean of runs with Student's interval over them; of fewer than :data:`SEEDS` the interval is over prompts.
-
-    The latter says nothing of other seeds.
-    """
-    if len(values) >= SEEDS or not values:
-        return student(np.array(values))
-    value = float(np.mean(values))
-    se = math.hypot(*errors) / len(values)
-    return Estimate(value, value - Z * se, value + Z * se, len(values), se)
+    return mean_gain([(track, track.shares(place, where)) for track in reached])
 
 
 def best(tracks: Sequence[Track]) -> dict[str, Any]:
     """The highest score of each run on average, where it was, and the gain; the highest of many is flattered."""
     tops = [(track, track.top) for track in tracks]
-    errors = [track.gain_error(np.array([point is top for point in track.points], dtype=float)) for track, top in tops]
+    shares = [np.array([point is top for point in track.points], dtype=np.float64) for track, top in tops]
     drawn = [t.samples[list(t.points).index(top)] for t, top in tops]
     row: dict[str, Any] = {
         tracks[0].score: float(np.mean([track.value(top) for track, top in tops])),
         "kl": float(np.mean([top.kl for _, top in tops])),
         "steps": [top.step for _, top in tops],
         "samples": float(np.mean(drawn)),
-        "gain": over_runs(
-            [t.value(top) - t.value(t.start) for t, top in tops if len(t.points) > 1],
-            [error for error, (t, _) in zip(errors, tops, strict=True) if len(t.points) > 1],
-        ).as_dict(),
+        "gain": mean_gain([(t, own) for t, own in zip(tracks, shares, strict=True) if len(t.points) > 1]).as_dict(),
     }
     for name in ("win_rate", "heldout"):
         values = [getattr(top, name) for _, top in tops]
         if all(map(math.isfinite, values)):
-            row[f"{name}_there"] = over_runs(values, [getattr(top, f"{name}_se") for _, top in tops]).as_dict()
+            errors = [getattr(top, f"{name}_se") for _, top in tops]
+            by_prompt = together([t.by_prompt(own, name) for t, own in zip(tracks, shares, strict=True)], tracks)
+            row[f"{name}_there"] = over_runs(values, errors, by_prompt).as_dict()
     return row
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lightning_align.lab.evaluation.intervals import SEEDS, over_runs
 from lightning_align.lab.figures import (
     COLOURS,
     NARROW,
@@ -23,17 +24,8 @@ from lightning_align.lab.figures import (
     style,
     x_axis,
 )
-from lightning_align.lab.frontier import (
-    SCORES,
-    SEEDS,
-    TOLERANCE,
-    Track,
-    by_method,
-    front,
-    over_runs,
-    roots,
-    samples,
-)
+from lightning_align.lab.frontier import SCORES, by_method, front
+from lightning_align.lab.frontier_tracks import TOLERANCE, Track, mean_gain, roots, samples, together
 from lightning_align.lab.frontier_words import headline
 from lightning_align.lab.overopt import Array
 
@@ -96,9 +88,9 @@ def _known(track: Track, panel: Panel) -> tuple[Array, Array]:
 def mean_curve(own: Sequence[Track], panel: Panel) -> tuple[Array, Array, Array, Array]:
     """Places, mean over runs and both ends of its interval ``[n]``, as far as all runs of a method go.
 
-    The interval is over runs from :data:`~lightning_align.lab.frontier.SEEDS` on, else over prompts; its ends are NaN
-    where no error is known. Of the score that methods are compared by it is the interval of the gain over the start,
-    drawn about the mean: how much better some starts, or some prompts, are than others is not what is asked.
+    The interval is that of :func:`~lightning_align.lab.evaluation.intervals.over_runs`; its ends are NaN where no error
+    is known. Of the score that methods are compared by it is the interval of the gain over the start, drawn about the
+    mean: how much better some starts, or some prompts, are than others is not what is asked.
     """
     known = [(track, *_known(track, panel)) for track in own]
     known = [(track, x, y) for track, x, y in known if len(x)]
@@ -109,15 +101,20 @@ def mean_curve(own: Sequence[Track], panel: Panel) -> tuple[Array, Array, Array,
     estimates = []
     for place in places:
         where = min(max(place, begin), reach)
-        values = [float(np.interp(where, x, y)) for _, x, y in known]
+        mixtures = [(track, track.shares(panel.place, where, panel.score)) for track, _, _ in known]
         if all(panel.score == track.score and len(track.points) > 1 for track, _, _ in known):
-            starts = [track.value(track.start) for track, _, _ in known]
-            errors = [track.gain_error(track.shares(panel.place, where)) for track, _, _ in known]
+            start = float(np.mean([track.value(track.start) for track, _, _ in known]))
+            found = mean_gain(mixtures)
         else:
-            starts = [0.0] * len(values)
-            errors = [track.at(panel.place, where, f"{panel.score}_se") for track, _, _ in known]
-        gain = over_runs([value - start for value, start in zip(values, starts, strict=True)], errors)
-        estimates.append([end + float(np.mean(starts)) for end in (gain.value, gain.low, gain.high)])
+            start = 0.0
+            found = over_runs(
+                [track.mixed(shares, panel.score) for track, shares in mixtures],
+                [track.at(panel.place, where, f"{panel.score}_se") for track, _, _ in known],
+                together(
+                    [track.by_prompt(shares, panel.score) for track, shares in mixtures], [t for t, _ in mixtures]
+                ),
+            )
+        estimates.append([end + start for end in (found.value, found.low, found.high)])
     return places, *np.array(estimates, dtype=np.float64).reshape(-1, 3).T
 
 
@@ -167,8 +164,16 @@ def note(tracks: Sequence[Track]) -> str:
     over = "over runs" if min(counts) >= SEEDS else "over prompts" if max(counts) < SEEDS else ""
     mixed = f"over runs where a method has {SEEDS}, else over prompts"
     seeds = " Lines: mean over runs, as far as all of a method's go; faint: each run." if max(counts) > 1 else ""
+    shared = ""
+    if max(counts) >= SEEDS and any(track.prompts.get(track.score) for track in tracks):
+        shared = (
+            " Over runs: the prompts and the start's answers are the same for all; their error is in the interval of "
+            "the gain, and not in that of other measures."
+        )
+    elif max(counts) >= SEEDS:
+        shared = " Over runs: the prompts and the start's answers are the same for all, and their error is not in it."
     return (
-        f"Bands: 95 % interval {over or mixed}, of the score that of its gain over the start.{seeds} "
+        f"Bands: 95 % interval {over or mixed}, of the score that of its gain over the start.{shared}{seeds} "
         "Steps: Pareto front, the checkpoints that no other beats. Upright: KL that is compared at."
     )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning_align.lab.figures import NARROW, WIDE, svg
 from lightning_align.lab.findings import kl_text, number
-from lightning_align.lab.frontier import SCORES, Track, by_method
+from lightning_align.lab.frontier import SCORES, by_method
 from lightning_align.lab.frontier_figures import draw_frontier, note
+from lightning_align.lab.frontier_tracks import Track
 from lightning_align.lab.frontier_words import headline, told_gain
 from lightning_align.lab.page import page, table
 from lightning_align.lab.report import as_text, clip

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_align.lab.findings import kl_text
-from lightning_align.lab.frontier import Track, front
+from lightning_align.lab.frontier import front
+from lightning_align.lab.frontier_tracks import Track
 
 COLUMNS = ("kl_se", "proxy", "proxy_se", "gold", "gold_se", "heldout", "heldout_se", "win_rate", "win_rate_se")
 FIELDS = ("method", "run", "step", "samples", "kl", *COLUMNS, "pareto")

@@ -4,17 +4,19 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_align.errors import UserError
-from lightning_align.lab.evaluation.intervals import Estimate, student
+from lightning_align.lab.analysis import START_KL
+from lightning_align.lab.evaluation.intervals import SEEDS, Estimate, over_runs
+from lightning_align.lab.evaluation.subjects import place_of
 from lightning_align.lab.grid import cell_of, expand
 from lightning_align.lab.measured import check_alike, read_measured
-from lightning_align.lab.runs import read_episodes
+from lightning_align.lab.runs import MEASURED_FILE, read_episodes
 from lightning_align.run.directory import read_status
 
 # metric of a measured checkpoint, its heading, and whether more is better (None: neither)
@@ -47,6 +49,7 @@ class Entry:
         step: Of the checkpoint.
         values: Estimates by :data:`COLUMNS`, as far as they are known.
         answers: The first prompts with an answer and its scores.
+        prompts: What each prompt has, by the same names, as far as that is known.
     """
 
     method: str
@@ -54,6 +57,7 @@ class Entry:
     step: int
     values: Mapping[str, Estimate]
     answers: Sequence[Mapping[str, Any]]
+    prompts: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
@@ -71,33 +75,91 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def load_entries(runs: Sequence[Path], *, kl: float, samples: float) -> list[Entry]:
-    """Of every run the checkpoint with the largest KL within both budgets, and the start.
+    """Of every run the checkpoint with the largest KL within both budgets, and each start.
 
     Raises:
-        UserError: A run was not measured, or on other prompts or settings than the others, or has no checkpoint within
-            the budgets.
+        UserError: A run was not measured, or on other prompts or settings than the others, or from other starts, or
+            has no checkpoint within the budgets, or does not say where it stands in them.
     """
-    rows = {run: read_measured(run) for run in runs}
-    for run, own in rows.items():
-        if not own:
-            raise UserError(f"{run} has no measured checkpoints: run lab frontier --recompute on it first")
+    rows = {run: _rows(run) for run in runs}
     check_alike({str(run): own[-1]["settings"] for run, own in rows.items()})
-    entries: list[Entry] = []
+    methods: dict[str, list[str]] = {}
     for run, own in rows.items():
-        drawn = read_episodes(run)
-        within = [row for row in own if row["metrics"]["kl"]["value"] <= kl and drawn.get(row["step"], 0.0) <= samples]
+        methods.setdefault(_method(run), []).append(_start(own))
+    _check_starts(methods)
+    entries: list[Entry] = []
+    started: set[str] = set()
+    for run, own in rows.items():
+        drawn = _drawn(run, own)
+        near = [row for row in own if _kl(row) <= kl]
+        if math.isfinite(samples) and (unknown := [row["step"] for row in near if row["step"] not in drawn]):
+            raise UserError(
+                f"{run} does not say how many answers it had drawn by step {unknown[0]}: leave out --samples or the run"
+            )
+        within = [row for row in near if drawn.get(row["step"], 0.0) <= samples]
         if not within:
-            least = min(row["metrics"]["kl"]["value"] for row in own)
+            least = min(map(_kl, own))
             raise UserError(f"{run} has no checkpoint within KL {kl:g} and {samples:g} samples (least KL: {least:.2f})")
-        chosen = max(within, key=lambda row: (row["metrics"]["kl"]["value"], -row["step"]))
+        chosen = max(within, key=lambda row: (_kl(row), -row["step"]))
         first = min(own, key=lambda row: int(row["step"]))
-        if first["step"] == 0 and not any(entry.method == START for entry in entries):
-            entries.append(Entry(START, run, 0, _values(first, {}), first.get("answers", [])))
-        cell = cell_of(run)
-        method = cell.method if cell is not None else run.resolve().name
+        if first["step"] == 0 and _kl(first) < START_KL and _start(own) not in started:
+            entries.append(_entry(START, run, first, {}))
+            started.add(_start(own))
         cost = _cost(run) | ({"samples": drawn[chosen["step"]]} if chosen["step"] in drawn else {})
-        entries.append(Entry(method, run, chosen["step"], _values(chosen, cost), chosen.get("answers", [])))
+        entries.append(_entry(_method(run), run, chosen, cost))
     return entries
+
+
+def _method(run: Path) -> str:
+    cell = cell_of(run)
+    return cell.method if cell is not None else run.resolve().name
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    if not run.is_dir():
+        raise UserError(f"{run} is no run directory: lab leaderboard compares measured runs, lab frontier CSVs too")
+    own = read_measured(run)
+    if not own:
+        raise UserError(f"{run} has no measured checkpoints: run lab frontier --recompute on it first")
+    for row in own:
+        if row["metrics"].get("kl", {}).get("value") is None:
+            raise UserError(
+                f"{run / MEASURED_FILE} has no KL of step {row['step']}: measure the run again (lab frontier "
+                "--recompute --overwrite), or leave it out"
+            )
+    return own
+
+
+def _kl(row: Mapping[str, Any]) -> float:
+    return float(row["metrics"]["kl"]["value"])
+
+
+def _start(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Where the model lies that the run began from; empty if it is not known."""
+    told = rows[-1]["settings"].get("start")
+    return place_of(str(told)) if told else ""
+
+
+def _check_starts(methods: Mapping[str, Sequence[str]]) -> None:
+    """The same starts for all methods: from others the KL is another, and so is what was gained."""
+    first = next(iter(methods))
+    for method, starts in methods.items():
+        if set(starts) != set(methods[first]):
+            one, two = (", ".join(sorted(set(each))) or "none" for each in (methods[first], starts))
+            raise UserError(
+                f"{first} and {method} did not begin from the same starts: {one} and {two}; compare runs of the same"
+            )
+
+
+def _drawn(run: Path, rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Answers drawn by each step, as far as it is known; a run on data of given answers draws none."""
+    kind = (read_status(run).get("data") or {}).get("kind")
+    given = {} if kind in (None, "prompt") else {int(row["step"]): 0.0 for row in rows}
+    return {0: 0.0} | given | read_episodes(run)
+
+
+def _entry(method: str, run: Path, row: Mapping[str, Any], cost: Mapping[str, float]) -> Entry:
+    return Entry(method, run, row["step"], _values(row, cost), row.get("answers", []), row.get("per_prompt", {}))
 
 
 def _values(row: Mapping[str, Any], cost: Mapping[str, float]) -> dict[str, Estimate]:
@@ -127,7 +189,7 @@ def _cost(run: Path) -> dict[str, float]:
 def board(entries: Sequence[Entry]) -> dict[str, dict[str, Estimate]]:
     """Every method's mean over its runs, best true score first, the start last.
 
-    Of several runs the interval is Student's over them; of one it is over its prompts and says nothing of other seeds.
+    Intervals are those of :func:`~.intervals.over_runs`; that of a single run is the one it was measured with.
     """
     methods: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -135,16 +197,20 @@ def board(entries: Sequence[Entry]) -> dict[str, dict[str, Estimate]]:
     rows = {}
     for method, own in methods.items():
         names = [name for name in COLUMNS if all(name in entry.values for entry in own)]
-        rows[method] = {
-            name: own[0].values[name] if len(own) == 1 else student(np.array([e.values[name].value for e in own]))
-            for name in names
-        }
+        rows[method] = {name: own[0].values[name] if len(own) == 1 else _over(own, name) for name in names}
 
     def key(item: tuple[str, Mapping[str, Estimate]]) -> tuple[bool, float]:
         gold = item[1].get("gold") or item[1].get("win_rate") or item[1].get("proxy")
         return item[0] == START, -(gold.value if gold is not None else math.inf)
 
     return dict(sorted(rows.items(), key=key))
+
+
+def _over(own: Sequence[Entry], name: str) -> Estimate:
+    estimates = [entry.values[name] for entry in own]
+    rows = [np.array(entry.prompts.get(name, []), dtype=np.float64) for entry in own]
+    alike = len({len(row) for row in rows}) == 1 and len(rows[0]) > 0
+    return over_runs([e.value for e in estimates], [e.se for e in estimates], np.stack(rows) if alike else None)
 
 
 def headline(rows: Mapping[str, Mapping[str, Estimate]], kl: float) -> str:
@@ -181,7 +247,8 @@ def note(entries: Sequence[Entry], kl: float, samples: float) -> str:
     runs = len({entry.run for entry in entries})
     return (
         f"Each of {runs} runs counts with the kept checkpoint{within}, measured on the same held-out prompts. Seconds "
-        "and memory are of the whole run. Intervals are over seeds where a method has several, else over prompts."
+        f"and memory are of the whole run. Intervals are over seeds where a method has {SEEDS} or more (the prompts "
+        "and the start's answers are the same for all, and their error is not in it), else over prompts."
     )
 
 

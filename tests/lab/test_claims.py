@@ -119,6 +119,22 @@ def test_what_a_run_did_not_reach_is_no_number_and_no_pair(make: Make, tmp_path:
         measure(tmp_path / "a", Measure("metric", name="eval/speed"))
 
 
+def test_a_gain_holds_the_error_of_a_start_that_its_runs_share(make: Make, tmp_path: Path) -> None:
+    """All three runs have one measurement of the start, that is wrong for all; against another arm it is none."""
+    for stage, more in (("a", 0.0), ("b", 0.2)):
+        for seed in range(3):
+            make(stage, {"seed": str(seed)}, [0.5, 1, 1, 0.7 + more + 0.01 * seed])
+            file = tmp_path / stage / f"seed={seed}" / "metrics.csv"
+            head, *rows = file.read_text().splitlines()
+            file.write_text("\n".join([f"{head},eval/lab/gold_se", *(f"{row},0.08" for row in rows)]) + "\n")
+    gains = student(np.array([0.2, 0.21, 0.22]))
+    alone = assess(claim(Measure("gold_gain"), b=None), load_grid(tmp_path))
+    reach = math.hypot(gains.high - gains.value, 1.959964 * 0.08)
+    assert (alone.effect.low, alone.effect.high) == pytest.approx((0.21 - reach, 0.21 + reach))
+    between = assess(claim(Measure("gold_gain")), load_grid(tmp_path))
+    assert between.effect.high - between.effect.low < 1e-9
+
+
 def test_no_verdict_from_fewer_than_three_seeds(make: Make, tmp_path: Path) -> None:
     for seed in range(2):
         make("a", {"seed": str(seed)}, [0, 9 + 1e-3 * seed, 0, 0])
@@ -144,6 +160,8 @@ def test_no_verdict_from_fewer_than_three_seeds(make: Make, tmp_path: Path) -> N
         ((-0.1, 0.3), "equal", 0.2, "undecided"),
         ((0.25, 0.3), "equal", 0.2, "contradicted"),
         ((-0.3, -0.25), "equal", 0.2, "contradicted"),
+        ((0.2, 0.8), "equal", 0.5, "undecided"),  # above 0, and perhaps within
+        ((-0.8, -0.2), "equal", 0.5, "undecided"),
     ],
 )
 def test_verdicts(ends: tuple[float, float], expect: str, margin: float, verdict: str) -> None:

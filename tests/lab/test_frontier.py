@@ -13,24 +13,16 @@ from scipy import stats
 
 from lightning_align.cli.main import run
 from lightning_align.errors import UserError
-from lightning_align.lab.frontier import (
-    Track,
-    best,
-    common_kl,
-    front,
-    gain,
-    load_tracks,
-    over_runs,
-    roots,
-    samples,
-    summarise,
-)
-from lightning_align.lab.frontier_figures import Panel, draw_frontier, mean_curve, panels
+from lightning_align.lab.evaluation.intervals import over_runs
+from lightning_align.lab.frontier import best, common_kl, front, gain, load_tracks, summarise
+from lightning_align.lab.frontier_figures import Panel, draw_frontier, mean_curve, note, panels
+from lightning_align.lab.frontier_tracks import Track, roots, samples
 from lightning_align.lab.frontier_words import headline, to_csv
 from lightning_align.lab.pareto import pareto
 from lightning_align.lab.runs import Point
 
 STEPS = (0, 2, 4, 6)
+Z = stats.norm.ppf(0.975)
 
 
 def made(folder: Path, gold: list[float], *, kl: tuple[float, ...] = (0.0, 0.25, 1.0, 4.0), se: float = 0.05) -> Path:
@@ -93,7 +85,7 @@ def test_gain_is_of_each_run_over_its_own_start_with_students_interval(runs: lis
 def test_one_run_has_the_interval_of_its_prompts(runs: list[Path]) -> None:
     estimate = gain(load_tracks(runs)[3:], roots, 1.0)
     assert estimate.value == pytest.approx(0.3)
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.05 * math.sqrt(2))
+    assert estimate.high - estimate.low == pytest.approx(2 * Z * 0.05 * math.sqrt(2))
 
 
 def test_runs_that_did_not_come_that_far_are_left_out(runs: list[Path]) -> None:
@@ -233,9 +225,74 @@ def test_a_band_is_over_seeds_from_three_runs_on_else_over_prompts(runs: list[Pa
     reach = stats.t.ppf(0.975, 2) * gains.std(ddof=1) / math.sqrt(3)
     assert (mean[2], low[2], high[2]) == pytest.approx((1.0, 1.0 - reach, 1.0 + reach))
     _, mean, low, high = mean_curve(tracks[:2], over_kl())
-    assert (mean[2], high[2] - mean[2]) == pytest.approx((0.95, 1.96 * 0.05))  # √2 for the start, 1/√2 for two
+    assert (mean[2], high[2] - mean[2]) == pytest.approx((0.95, Z * 0.05))  # √2 for the start, 1/√2 for two
     assert (low[0], high[0]) == pytest.approx((mean[0], mean[0]))  # the start gains nothing, for certain
     assert over_runs([1.0, 3.0], [0.3, 0.4]).se == pytest.approx(0.25)
+
+
+def scored(place: Path, rows: np.ndarray, kls: tuple[float, ...] = (0.0, 1.0)) -> Track:
+    """A run whose prompts have these scores ``[steps, prompts]``."""
+    errors = rows.std(axis=1, ddof=1) / math.sqrt(rows.shape[1])
+    points = [
+        Point(step, kl, gold=float(row.mean()), gold_se=float(error))
+        for step, (kl, row, error) in enumerate(zip(kls, rows, errors, strict=True))
+    ]
+    prompts = {"gold": {step: row.tolist() for step, row in enumerate(rows)}}
+    return Track("a", place, points, [math.nan] * len(points), prompts=prompts)
+
+
+def test_the_difficulty_of_prompts_is_no_error_of_a_gain(tmp_path: Path) -> None:
+    difficulty = np.random.default_rng(0).normal(0, 3, 50)
+    track = scored(tmp_path, np.stack([difficulty, difficulty + 0.25]))
+    assert track.error(track.start) > 0.3
+    assert track.gain_error(np.array([0.0, 1.0])) == pytest.approx(0, abs=1e-12)
+    assert track.gain_error(np.array([0.5, 0.5])) == pytest.approx(0, abs=1e-12)
+    for runs in (1, 2, 3):
+        estimate = gain([track] * runs, roots, 1.0)
+        assert (estimate.low, estimate.value, estimate.high)[runs == 1 :] == pytest.approx(
+            (0.25, 0.25, 0.25)[runs == 1 :], abs=1e-9
+        )
+
+
+@pytest.mark.parametrize("runs", [2, 3])
+def test_the_interval_of_a_gain_holds_the_error_of_a_start_that_is_shared(tmp_path: Path, runs: int) -> None:
+    """One start of one answer a prompt for all runs: what it is off by moves every gain together."""
+    generator = np.random.default_rng(1)
+    held, free, trials = 0, 0, 300
+    for _ in range(trials):
+        difficulty = generator.normal(0, 1, 60)
+        start = difficulty + generator.normal(0, 1, 60)
+        seeds = generator.normal(0, 0.02, runs) if runs > 2 else np.zeros(runs)
+        ends = [difficulty + 0.5 + seed + generator.normal(0, 0.3, 60) for seed in seeds]
+        tracks = [scored(tmp_path, np.stack([start, end])) for end in ends]
+        estimate = gain(tracks, roots, 1.0)
+        held += estimate.low <= 0.5 <= estimate.high
+        alone = over_runs([t.points[1].gold - t.start.gold for t in tracks], [t.error(t.start) for t in tracks])
+        free += alone.low <= 0.5 <= alone.high
+    assert 0.92 <= held / trials <= 0.99
+    assert runs == 2 or free / trials < 0.75  # over the runs alone
+
+
+def test_a_shared_start_without_its_prompts_counts_with_its_error(runs: list[Path], tmp_path: Path) -> None:
+    for seed, high in enumerate((0.9, 1.0, 1.1)):
+        made(tmp_path / f"t{seed}" / "rest", [0.5, 0.7, high, 0.4])
+    alike = load_tracks([tmp_path / f"t{seed}" / "rest" for seed in range(3)])
+    over = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
+    estimate = gain(alike, roots, 1.0)
+    assert estimate.high - estimate.value == pytest.approx(math.hypot(over, Z * 0.05))
+    assert gain(alike, roots, 0.25).se == pytest.approx(0.05 / 2)  # half way from the start
+    assert gain(alike, roots, 0.0).se == 0.0
+    own = load_tracks(runs[:3])  # each measured a start of its own
+    assert gain(own, roots, 1.0).se == pytest.approx(0.2 / math.sqrt(3))
+    assert "the start's answers are the same for all, and their error is not in it" in note(own)
+    measured = scored(tmp_path, np.array([[0.0, 1.0], [1.0, 2.0]]))
+    assert "their error is in the interval of the gain" in note([measured] * 3)
+    assert "Over runs" not in note([measured] * 2)
+
+
+def test_a_run_that_turns_back_reaches_its_farthest_kl(tmp_path: Path) -> None:
+    (track,) = load_tracks([made(tmp_path / "back", [0.0, 1.0, 3.0, 2.0], kl=(0.0, 1.0, 9.0, 4.0))])
+    assert common_kl([track]) == pytest.approx(9.0)
 
 
 def test_two_runs_are_drawn_where_both_are(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import student
-from lightning_align.lab.leaderboard import START, board, find_runs, load_entries
+from lightning_align.lab.leaderboard import START, Entry, board, find_runs, headline, load_entries
 from lightning_align.lab.measured import append_row
 
 ATTACK = "<script>alert('x')</script>"
@@ -26,22 +26,31 @@ def make(tmp_path: Path) -> Make:
     """A run with measured checkpoints at KL 0, 1, 4: each with a gold, and 100 answers drawn a step."""
 
     def build(
-        name: str, gold: Sequence[float], *, settings: Mapping[str, Any] | None = None, seconds: float = 10
+        name: str,
+        gold: Sequence[float],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        kls: Sequence[float | None] = (0.0, 1.0, 4.0),
+        width: float = 0.1,
+        spread: Sequence[float] | None = None,
+        **facts: Any,
     ) -> Path:
         run = tmp_path / name
         run.mkdir(parents=True)
-        status = {"durations": {"total_seconds": 10.0}, "peak_memory": {"process_bytes": 2**30}}
+        status = {"durations": {"total_seconds": 10.0}, "peak_memory": {"process_bytes": 2**30}, **facts}
         (run / "run.json").write_text(json.dumps({"status": "finished", **status}))
         lines = ["step,episode", *(f"{step},{100 * step}" for step in (1, 2))]
         (run / "metrics.csv").write_text("\n".join(lines) + "\n")
-        for step, (kl, score) in enumerate(zip((0.0, 1.0, 4.0), gold, strict=True)):
+        for step, (kl, score) in enumerate(zip(kls, gold, strict=True)):
             metrics = {
-                metric: {"value": value, "ci": [value - 0.1, value + 0.1], "n": 8, "se": 0.05}
-                for metric, value in {"kl": kl, "gold": score, "proxy": 2 * score, "self_bleu": 0.3}.items()
+                metric: {"value": value, "ci": [value - width, value + width], "n": 8, "se": width / 2}
+                for metric, value in {"gold": score, "proxy": 2 * score, "self_bleu": 0.3}.items()
             }
+            metrics["kl"] = {"value": kl, "ci": [kl, kl], "n": 8, "se": 0.0}
+            by_prompt = {} if spread is None else {"gold": [score + off for off in spread]}
             answers = [{"prompt": "say <b>", "completion": f"{name} at {step}{ATTACK}", "gold": score, "proxy": 1.0}]
             row = {"step": step, "checkpoint": f"{step}.ckpt", "fingerprint": "f", "settings": dict(settings or {})}
-            append_row(run, {**row, "metrics": metrics, "per_prompt": {}, "answers": answers})
+            append_row(run, {**row, "metrics": metrics, "per_prompt": by_prompt, "answers": answers})
         return run
 
     return build
@@ -93,6 +102,69 @@ def test_what_cannot_be_compared_is_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "p" / "pipeline.json").write_text("{}")
     with pytest.raises(UserError, match="no stage has finished"):
         find_runs([tmp_path / "p"])
+
+
+def load(runs: Sequence[Path], **budgets: float) -> list[Entry]:
+    return load_entries(runs, **{"kl": math.inf, "samples": math.inf, **budgets})
+
+
+def test_methods_have_one_start(make: Make, tmp_path: Path) -> None:
+    one, two = (make(name, [0, 0, 0], settings={"start": f"runs/{name}_sft"}) for name in ("one", "two"))
+    wanted = "one and two did not begin from the same starts: runs/one_sft and runs/two_sft; compare runs of the same"
+    with pytest.raises(UserError, match=wanted):
+        load([one, two])
+    for seed in (0, 1):  # each seed has its own
+        for method in ("ppo", "dpo"):
+            make(f"{seed}/{method}", [0.2 + seed, 0, 0], settings={"start": f"runs/{seed}/sft"})
+    places = [tmp_path / str(seed) / method for seed in (0, 1) for method in ("ppo", "dpo")]
+    assert [entry.values["gold"].value for entry in load(places) if entry.method == START] == [0.2, 1.2]
+    assert board(load(places))[START]["gold"].value == pytest.approx(0.7)
+    moved = make("moved", [0.4, 0, 0], kls=(0.3, 1.0, 4.0))  # its first checkpoint is no start: it has moved already
+    entries = load([moved, make("whole", [0.5, 0, 0])])
+    assert [entry.run.name for entry in entries if entry.method == START] == ["whole"]
+
+
+def test_a_budget_of_samples_needs_their_number(make: Make) -> None:
+    unknown = make("unknown", [0.5, 0.9, 0.1])
+    (unknown / "metrics.csv").write_text("step,loss\n1,0\n")
+    assert [entry.step for entry in load([unknown]) if entry.method != START] == [2]
+    with pytest.raises(UserError, match="unknown does not say how many answers it had drawn by step 1: leave out"):
+        load([unknown], samples=150)
+    given = make("dpo", [0.5, 0.9, 0.1], data={"kind": "preference"})  # learns from answers that are given
+    (given / "metrics.csv").write_text("step,loss\n1,0\n")
+    entry = load([given], samples=150)[-1]
+    assert (entry.step, entry.values["samples"].value) == (2, 0)
+
+
+def test_a_kl_that_is_none_and_what_is_no_run_are_one_line(make: Make, tmp_path: Path) -> None:
+    broken = make("broken", [0.5, 0.9, 0.1])
+    table = (broken / "measured.jsonl").read_text().replace('"kl": {"value": 4.0', '"kl": {"value": null')
+    (broken / "measured.jsonl").write_text(table)
+    with pytest.raises(UserError, match=r"measured.jsonl has no KL of step 2: measure the run again"):
+        load([broken])
+    (tmp_path / "log.csv").write_text("step,kl,gold\n0,0,0\n")
+    with pytest.raises(UserError, match=r"log.csv is no run directory: .* lab frontier CSVs too"):
+        load(find_runs([tmp_path / "log.csv"]))
+
+
+def test_of_two_checkpoints_with_the_largest_kl_the_earlier_counts(make: Make) -> None:
+    entry = load([make("ppo", [0.5, 0.9, 0.1], kls=(0.0, 1.0, 1.0))])[-1]
+    assert (entry.step, entry.values["gold"].value) == (1, 0.9)
+
+
+def test_a_lead_is_clear_of_the_next_interval_not_of_its_middle(make: Make) -> None:
+    near, wide = make("near", [0.2, 0.2, 0.9]), make("wide", [0.2, 0.2, 0.7], width=0.15)
+    assert "near leads with 0.90, not clear of wide (0.70)" in headline(board(load([near, wide])), math.inf)
+
+
+def test_two_seeds_have_the_interval_of_their_prompts_as_in_the_frontier(make: Make, tmp_path: Path) -> None:
+    spread = np.linspace(-0.4, 0.4, 8).tolist()
+    runs = [make(f"s{seed}/ppo", [0.2, 0.2, gold], spread=spread) for seed, gold in enumerate((0.7, 0.9))]
+    gold = board(load(runs))["ppo"]["gold"]
+    over = student(0.8 + np.array(spread))
+    assert (gold.value, gold.low, gold.high, gold.n) == pytest.approx((0.8, over.low, over.high, 2))
+    bare = [make(f"t{seed}/ppo", [0.2, 0.2, gold]) for seed, gold in enumerate((0.7, 0.9))]
+    assert board(load(bare))["ppo"]["gold"].se == pytest.approx(0.05 / math.sqrt(2))  # prompt by prompt not known
 
 
 def test_the_command_writes_all_of_it(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

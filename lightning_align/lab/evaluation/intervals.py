@@ -5,7 +5,7 @@ completion without that score) leave every sum.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from scipy import stats
 from lightning_align.lab.overopt import LEVEL, Array, percentile_interval
 
 REPLICATES = 10_000
+SEEDS = 3  # runs of a method from which on an interval is one over runs
 CELLS = 4_000_000  # numbers drawn at a time: of many prompts, fewer replicates
 
 
@@ -133,6 +134,61 @@ def student(values: Array) -> Estimate:
     se = float(values.std(ddof=1)) / math.sqrt(count)
     reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * se
     return Estimate(value, value - reach, value + reach, count, se)
+
+
+def over_runs(
+    values: Sequence[float], errors: Sequence[float], prompts: Array | None = None, *, shared: float = 0.0
+) -> Estimate:
+    """Mean of runs that were measured alike, with its 95 % interval.
+
+    From :data:`SEEDS` runs on it is Student's over them. The prompts are the same for all, and their error is no part
+    of it, nor does it need to be where methods on those prompts are compared. Of fewer runs it is over the prompts, and
+    says nothing of other seeds.
+
+    Args:
+        values: Of each run ``[R]``.
+        errors: Standard error of each ``[R]``; used where ``prompts`` are not known, as if the runs had prompts of
+            their own.
+        prompts: What each run has of each prompt ``[R, P]``; NaN leaves the prompt out.
+        shared: Standard error of what the runs have in common (:func:`shared_error`), for an interval over runs.
+    """
+    if not len(values) or len(values) >= SEEDS:
+        return widened(student(np.array(values)), shared)
+    value = float(np.mean(values))
+    if prompts is None:
+        return widened(Estimate(value, value, value, len(values), 0.0), math.hypot(*errors) / len(values))
+    means = prompts.mean(0)
+    over = student(means[np.isfinite(means)])
+    reach = (over.high - over.low) / 2
+    return Estimate(value, value - reach, value + reach, len(values), over.se)
+
+
+def widened(estimate: Estimate, error: float) -> Estimate:
+    """An estimate whose interval about it holds a further, independent standard error.
+
+    Both reaches are added as independent errors are, the way of Graybill and Wang (1980) for sums of variances.
+    """
+    reach = math.hypot(estimate.high - estimate.value, float(stats.norm.ppf((1 + LEVEL) / 2)) * error)
+    se = math.hypot(estimate.se, error)
+    return Estimate(estimate.value, estimate.value - reach, estimate.value + reach, estimate.n, se)
+
+
+def shared_error(prompts: Array) -> float:
+    """Standard error over prompts of what several runs have in common; 0 where they have nothing.
+
+    The covariance of two runs over the prompts is the variance of what they share: a start that was measured once for
+    all of them, and prompts of which all gain more. The answers that each run drew by itself are no part of it.
+
+    Args:
+        prompts: What each run has of each prompt ``[R, P]``; NaN leaves the prompt out.
+    """
+    known = prompts[:, np.isfinite(prompts).all(0)]
+    runs, count = known.shape
+    if runs < 2 or count < 2:
+        return 0.0
+    covariance = np.cov(known)
+    between = float(covariance.sum() - np.trace(covariance)) / (runs * (runs - 1))
+    return math.sqrt(max(0.0, between) / count)
 
 
 def _filled(numerator: Array, denominator: Array) -> tuple[Array, Array]:

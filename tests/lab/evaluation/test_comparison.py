@@ -1,11 +1,13 @@
 """Win rates: golden vectors, both orders, ties; and with the advantage of length taken away."""
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from lightning_align.lab.evaluation.comparison import both_orders, consistency, per_prompt, score_judge, verdicts
 from lightning_align.lab.evaluation.length_control import length_controlled
@@ -87,6 +89,23 @@ def test_without_a_difference_in_length_it_is_the_win_rate() -> None:
     assert rate.value == pytest.approx(0.7, abs=1e-6)
     (certain,) = length_controlled(np.ones((1, 20)), np.zeros((1, 20)), replicates=20)
     assert certain.value > 0.99
+
+
+def test_the_part_of_length_is_held_back() -> None:
+    """One model that wins where it is longer, always: without the ridge on φ there is no finite fit."""
+    difference = np.concatenate([np.linspace(-2.0, -0.2, 7), np.linspace(0.1, 3.0, 13)])
+    wins = (difference > 0).astype(float)
+    (rate,) = length_controlled(wins[None], difference[None], replicates=20)
+    basis = np.tanh(difference / difference.std())
+
+    def penalised(coefficients: np.ndarray) -> float:
+        theta, phi = coefficients
+        logits = theta + phi * basis
+        return float(np.sum(np.logaddexp(0, logits) - wins * logits) + phi**2 / 2 + 1e-6 * theta**2 / 2)
+
+    theta, phi = optimize.minimize(penalised, np.zeros(2), tol=1e-12).x
+    assert 0.5 < phi < 5
+    assert rate.value == pytest.approx(1 / (1 + math.exp(-theta)), abs=1e-5)
 
 
 def test_a_length_controlled_rate_claims_no_more_than_its_prompts_say() -> None:

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lightning_align.lab.evaluation.intervals import bca, means, permutation_p, ratios, resampled_sums, student
+from lightning_align.lab.evaluation.intervals import (
+    bca,
+    means,
+    over_runs,
+    permutation_p,
+    ratios,
+    resampled_sums,
+    shared_error,
+    student,
+)
 
 
 def test_eval_4_coverage_of_a_bernoulli_mean() -> None:
@@ -90,6 +99,45 @@ def test_bca_is_scipys() -> None:
     ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0.02)
     assert ours.value == pytest.approx(values.mean() ** 2)
+
+
+def test_bca_of_a_sum_of_absolute_values_is_scipys() -> None:
+    """It grows with the noise of a resample: most of them lie above the estimate, and the interval comes back down."""
+    columns = np.random.default_rng(6).normal(0.05, 1, size=(40, 4))
+    ours = bca(columns, lambda sums: np.abs(sums).sum(axis=1))
+    drawn = np.abs(resampled_sums(columns)).sum(axis=1)
+    assert (drawn < ours.value).mean() < 0.4
+    theirs = stats.bootstrap(
+        tuple(columns.T), lambda *rows, axis: sum(np.abs(row.sum(axis)) for row in rows), paired=True, method="BCa",
+        vectorized=True, rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0.05)
+    assert ours.high < 0.9 * np.quantile(drawn, 0.975)
+
+
+def test_runs_on_the_same_prompts_are_averaged_prompt_by_prompt() -> None:
+    """Two runs: as if their prompts were different ones the interval would be too short."""
+    generator = np.random.default_rng(7)
+    held = {"same": 0, "apart": 0}
+    for _ in range(500):
+        prompts = generator.normal(0, 1, 40) + generator.normal(0, 0.4, (2, 40))
+        values, errors = prompts.mean(1).tolist(), (prompts.std(1, ddof=1) / math.sqrt(40)).tolist()
+        for name, given in (("same", prompts), ("apart", None)):
+            estimate = over_runs(values, errors, given)
+            held[name] += estimate.low <= 0 <= estimate.high
+    assert 0.93 <= held["same"] / 500 <= 0.98
+    assert held["apart"] / 500 < 0.9
+    gaps = over_runs([1.0, 3.0], [0.3, 0.4], np.array([[0.0, 2.0, math.nan], [2.0, 4.0, 9.0]]))
+    assert (gaps.value, gaps.n, gaps.se) == (2.0, 2, pytest.approx(1.0))
+
+
+def test_what_runs_share_is_the_covariance_of_their_prompts() -> None:
+    generator = np.random.default_rng(8)
+    common = generator.normal(0, 1, 400)
+    found = shared_error(common + generator.normal(0, 2, (4, 400)))
+    assert found == pytest.approx(common.std() / 20, rel=0.2)
+    assert shared_error(common[None]) == shared_error(common[None, :1].repeat(3, 0)) == 0.0
+    assert shared_error(np.array([[1.0, -1.0], [-1.0, 1.0]])) == 0.0
 
 
 def test_students_interval_of_a_few() -> None:
