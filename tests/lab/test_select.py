@@ -338,7 +338,7 @@ def simulated(seed: int) -> Curve:
     gold = d * (0.8 - 0.6 * np.log(d))
     heldout = gold + generator.normal(0, 0.08, 20)
     points = [
-        Point(i, kl=float(x * x), proxy=float(x), gold=float(g), gold_se=0.02, heldout=float(h), heldout_se=0.08)
+        Point(i, kl=float(x * x), proxy=math.tanh(x), gold=float(g), gold_se=0.02, heldout=float(h), heldout_se=0.08)
         for i, (x, g, h) in enumerate(zip(d, gold, heldout, strict=True))
     ]
     return Curve("s", points)
