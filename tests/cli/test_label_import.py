@@ -115,7 +115,7 @@ def test_importing_twice_adds_nothing_and_a_grown_export_adds_what_is_new(
     assert "0 judgements and 0 skips added, 3 there before" in capsys.readouterr().out
     assert judgements(here / "ls.db") == before
     path.write_text(
-        json.dumps([task(0, (1, "left"), (2, "right"), (3, "left")), task(1, (1, "skip")), task(2, (1, "left"))])
+        json.dumps([task(2, (1, "left")), task(0, (1, "left"), (2, "right"), (3, "left")), task(1, (1, "skip"))])
     )
     assert run(command) == 0
     said = capsys.readouterr().out
@@ -156,6 +156,24 @@ def test_answers_that_are_there_in_another_order_are_the_same(here: Path) -> Non
     store.close()
     assert task_left is not None  # the prompt that nobody has judged
     assert task_left[0].place == "own line 1"
+
+
+def test_ranks_follow_answers_that_are_there_in_another_order(here: Path) -> None:
+    store = Store(here / "own.db", Plan())
+    store.add("say 0", ["no 0", "perhaps", "yes 0"], "own")
+    store.close()
+    record = ranked(0)
+    record["fields"]["response3"] = "perhaps"
+    said = [{"value": f"response{n}", "rank": rank} for n, rank in ((1, 1), (2, 2), (3, 3))]
+    record["responses"] = [{"user_id": ANN, "status": "submitted", "values": {"rank": {"value": said}}}]
+    (here / "records.json").write_text(json.dumps([record]))
+    assert run(["label", "import", "records.json", "--format", "argilla", "--store", "own.db"]) == 0
+    (judgement,) = judgements(here / "own.db")
+    assert dict(zip(judgement.item.answers, judgement.verdict.ranks, strict=True)) == {
+        "yes 0": 1,
+        "no 0": 2,
+        "perhaps": 3,
+    }
 
 
 def test_what_was_taken_back_stays_taken_back(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

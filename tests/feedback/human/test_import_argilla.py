@@ -5,6 +5,7 @@ with ``Record.to_dict`` of argilla/src/argilla/records/_resource.py (2.8.0); the
 argilla-server/src/argilla_server/api/schemas/v1/{records,responses}.py and argilla-v1's ``FeedbackRecord``.
 """
 
+import time
 from typing import Any
 
 import pytest
@@ -87,11 +88,13 @@ def left(reader: Argilla) -> dict[str, int]:
     return dict(+reader.left_out)
 
 
-def test_ranks_count_whatever_the_order_of_the_options_and_ties_are_kept() -> None:
+def test_ranks_count_whatever_the_order_of_the_options_and_ties_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")  # the server writes UTC without saying so
+    time.tzset()
     record = raw(
         THREE,
         response(ANN, rank=ranking(response1=3, response2=1, response3=2)),
-        response(BOB, rank=ranking(response1=1, response2=1, response3=4)),
+        response(BOB, rank=ranking(response1=1, response2=1, response3=8)),
     )
     (found,), reader = read([record])
     assert found is not None
@@ -100,6 +103,8 @@ def test_ranks_count_whatever_the_order_of_the_options_and_ties_are_kept() -> No
     assert found.opinions[0].time == 1738324830.5  # 2025-01-31T12:00:30.5 in UTC
     assert not left(reader)
     assert not reader.notes
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_discarded_is_a_skip_and_drafts_and_partial_rankings_are_left_out() -> None:
@@ -120,12 +125,26 @@ def test_discarded_is_a_skip_and_drafts_and_partial_rankings_are_left_out() -> N
 
 def test_lists_without_ranks_are_believed_where_their_orders_differ() -> None:
     first = nested(THREE, rank=[(ANN, ["response3", "response1", "response2"])])
-    second = nested(THREE | {"instruction": "again"}, rank=[(ANN, ["response2", "response1", "response3"])])
+    second = nested(
+        THREE | {"instruction": "again"},
+        rank=[
+            (ANN, ["response2", "response1", "response3"]),
+            (BOB, ["response2", "response1", "response2", "response3"]),
+        ],
+    )
     found, reader = read([first, second])
     assert [said(one) for one in found] == [[(ANN, (2, 3, 1))], [(ANN, (2, 1, 3))]]
+    assert left(reader) == {"rankings that do not rank every answer once": 1}
     assert reader.notes == [
         "responses have no status: drafts and discarded ones count as submitted (see docs/human.md)"
     ]
+
+
+def test_one_response_without_a_status_is_enough_for_the_note() -> None:
+    record = flat(PAIR, better=[(ANN, "submitted", "A"), (BOB, "submitted", "B")])
+    record["better.responses.status"] = [None, "submitted"]
+    _, reader = read([record])
+    assert len(reader.notes) == 1
 
 
 def test_rankings_that_lost_their_ranks_are_refused() -> None:

@@ -154,7 +154,7 @@ def test_choices(choice: str, ranks: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        (("r1", "answer1"), ("r2", "answer2")),
+        (("first", "answer1"), ("other", "answer2")),
         (("quality1", "t"), ("quality2", "t")),
         (("answer1_r", "t"), ("answer2_r", "t")),
     ],
