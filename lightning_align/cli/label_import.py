@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
     _check(found, reader, options)
     store = _store(options)
     try:
-        imported = put(store, found, options.format)
+        with store.together():
+            imported = put(store, found, options.format)
         num_items = len(store.items())
     finally:
         store.close()

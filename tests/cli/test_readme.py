@@ -57,6 +57,11 @@ def project(scratch: Any, make_model: Any, make_tokenizer: Any, chatml: str) -> 
     for name in ("small", "methods", "scaling"):
         sweep(scratch.root / "runs", name)
     judged(scratch.root / "labels.sqlite")
+    fields = {"prompt": "Name a colour.", "answer1": "Blue.", "answer2": "Dog."}
+    left = {"from_name": "pw", "to_name": "pw", "type": "pairwise", "value": {"selected": "left"}}
+    scratch.write("project.json", [{"id": 1, "data": fields, "annotations": [{"completed_by": 1, "result": [left]}]}])
+    response = {"user_id": "b2c3", "status": "submitted", "values": {"better": {"value": "answer1"}}}
+    scratch.write("records.json", [{"id": "1", "fields": fields, "responses": [response]}])
     loaded, path = set(sys.modules), list(sys.path)
     yield scratch
     for left in (scratch.root / "runs").glob("*/measured.*"):  # by lab frontier --recompute, beside runs that stay

@@ -85,23 +85,24 @@ def add_candidates(
         UserError: A prompt has more than nine different answers and ``most`` is not given.
     """
     counts: Counter[str] = Counter()
-    for prompt, answers, place in found:
-        full = [answer for answer in answers if _said(answer)]
-        kept = list({_said(answer): answer for answer in reversed(full)}.values())[::-1]
-        counts["empty"] += len(answers) - len(full)
-        counts["duplicates"] += len(full) - len(kept)
-        if most is not None and len(kept) > most:
-            counts["surplus"] += len(kept) - most
-            kept = sorted(kept, key=lambda answer: key_of(seed, prompt, answer))[:most]
-        if len(kept) > MOST_ANSWERS:
-            raise UserError(
-                f"{place}: {len(kept)} different answers, but a person ranks at most {MOST_ANSWERS}: "
-                f"--num_answers {MOST_ANSWERS} draws as many"
-            )
-        if len(kept) < 2:
-            counts["too_few"] += 1
-        else:
-            counts["added" if store.add(prompt, kept, place) else "there"] += 1
+    with store.together():
+        for prompt, answers, place in found:
+            full = [answer for answer in answers if _said(answer)]
+            kept = list({_said(answer): answer for answer in reversed(full)}.values())[::-1]
+            counts["empty"] += len(answers) - len(full)
+            counts["duplicates"] += len(full) - len(kept)
+            if most is not None and len(kept) > most:
+                counts["surplus"] += len(kept) - most
+                kept = sorted(kept, key=lambda answer: key_of(seed, prompt, answer))[:most]
+            if len(kept) > MOST_ANSWERS:
+                raise UserError(
+                    f"{place}: {len(kept)} different answers, but a person ranks at most {MOST_ANSWERS}: "
+                    f"--num_answers {MOST_ANSWERS} draws as many"
+                )
+            if len(kept) < 2:
+                counts["too_few"] += 1
+            else:
+                counts["added" if store.add(prompt, kept, place) else "there"] += 1
     return counts
 
 

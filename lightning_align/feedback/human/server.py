@@ -125,7 +125,7 @@ def build_app(store: Store, tokens: Mapping[str, str], hosts: Sequence[str], gui
         return Response(css, media_type="text/css")
 
     def beginning(request: Request) -> Response:
-        return JSONResponse({**page.task(request.scope["annotator"]), "guidelines": page.guidelines})
+        return _answered(lambda: {**page.task(request.scope["annotator"]), "guidelines": page.guidelines})
 
     async def judge(request: Request) -> Response:
         try:
@@ -157,6 +157,8 @@ def _answered(method: Any, *arguments: Any) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 409)
     except ValueError as error:
         return JSONResponse({"error": str(error)}, 422)
+    except UserError as error:
+        return JSONResponse({"error": str(error)}, 503)
 
 
 def listen(host: str, port: int) -> socket.socket:

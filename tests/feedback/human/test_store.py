@@ -249,3 +249,50 @@ def test_a_killed_process_loses_nothing_that_it_answered_for(path: Path) -> None
         found = [judgement.item.id for judgement in Store(path).judgements()]
         assert set(said) <= set(found)
         assert len(set(found)) == len(found) <= len(said) + 3  # one may have been saved but not told
+
+
+FILLER = """
+import resource, sys
+from pathlib import Path
+from lightning_align.errors import UserError
+from lightning_align.feedback.human.store import Store
+from lightning_align.feedback.human.tasks import Verdict
+store = Store(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+told = 0
+try:
+    while (task := store.next_task("ann")) is not None:
+        item, aspect = task
+        store.judge(f"key {item.id}", item, "ann", aspect, Verdict((1, 2, 2)))
+        told += 1
+except UserError as error:
+    print(told, error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+item, aspect = store.next_task("ann")
+store.judge("when there is room", item, "ann", aspect, Verdict((1, 2, 2)))
+"""
+
+
+def test_a_full_disk_is_told_and_what_was_answered_for_is_there(path: Path) -> None:
+    filled(path, 400, overlap=0).close()
+    done = subprocess.run([sys.executable, "-c", FILLER, str(path)], capture_output=True, text=True, check=True)
+    told, message = done.stdout.split(" ", 1)
+    assert message.startswith(f"not saved in {path}: ")
+    assert 0 < int(told) < 400
+    assert len(Store(path).judgements()) == int(told) + 1
+
+
+def test_what_is_added_together_is_there_whole_or_not_at_all(path: Path) -> None:
+    store = filled(path, 2, overlap=0)
+    items = iter([("new", ["a", "b"], "here")])
+    with pytest.raises(StopIteration), store.together():
+        while store.add(*next(items)):
+            pass
+    assert len(store.items()) == 2
+    item, aspect = store.next_task("ann")  # type: ignore[misc]
+    store.judge("k", item, "ann", aspect, Verdict(RANKS))
+    with store.together():
+        assert store.add("new", ["a", "b"], "here")
+        with pytest.raises(Conflict):  # what is refused within it undoes nothing else
+            store.judge("other", item, "ann", aspect, Verdict(RANKS))
+    assert len(Store(path).items()) == 3
