@@ -83,7 +83,7 @@ class Children:
 
 @dataclass
 class Run:
-    """The stages of one call: which wait, run, ended and failed."""
+    """The stages of one call: which wait, run, failed, and are left out because others failed."""
 
     pipeline: Pipeline
     wanted: Sequence[Stage]
@@ -92,6 +92,7 @@ class Run:
     waiting: list[Stage] = field(default_factory=list)
     running: dict[Future[int], tuple[Stage, str, float]] = field(default_factory=dict)
     failed: dict[str, int] = field(default_factory=dict)
+    left_out: set[str] = field(default_factory=set)
     ran: int = 0
 
     def __post_init__(self) -> None:
@@ -130,10 +131,11 @@ class Run:
         pending = {stage.name for stage in self.waiting} | running
         ready: list[Stage] = []
         for stage in list(self.waiting):
-            broken = [name for name in stage.parents if name in self.failed]
+            broken = [name for name in stage.parents if name in self.failed or name in self.left_out]
             if broken:
-                print(f"stage '{stage.name}' is left out: '{broken[0]}' failed", file=sys.stderr)
-                self.failed[stage.name] = self.failed[broken[0]]
+                why = "failed" if broken[0] in self.failed else "is left out"
+                print(f"stage '{stage.name}' is left out: '{broken[0]}' {why}", file=sys.stderr)
+                self.left_out.add(stage.name)
                 self.waiting.remove(stage)
                 continue
             # a lab stage reads whatever lies in a folder: it waits for all before it

@@ -125,6 +125,19 @@ def test_a_cell_that_fails_takes_only_those_with_it_that_need_it(
     assert again.count("seed=0,size=small") == 1
 
 
+def test_a_stage_that_is_left_out_stops_no_other_cell(sweep: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    both = '  both: {config: stage.yaml, model.reward: {rm: {source: "${control.models}", combine: mean}}}\n'
+    more = '  more: {config: stage.yaml, model.model: "${both.model}"}\n'
+    Path("p.yaml").write_text(SWEEP.replace("  ppo:\n", f"{both}{more}  ppo:\n"))
+    sweep.outcome["seed=0"] = 3
+    assert pipeline.main(ARGS) == 3
+    names = sweep.stages()
+    assert names.count("seed=1,size=small") == names.count("seed=1,size=large") == 2
+    told = capsys.readouterr().err
+    assert "stage 'both' is left out: 'control/seed=0' failed" in told
+    assert "stage 'more' is left out: 'both' is left out" in told
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
