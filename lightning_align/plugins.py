@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_align.errors import UserError
 
+LONGEST = 4096  # characters of a path
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -23,6 +24,14 @@ def said(error: BaseException) -> str:
 def is_function(source: str) -> bool:
     """Whether a source names a function: ``file.py:function``, or a dotted name that is no path."""
     return ".py:" in source or (not Path(source).exists() and DOTTED.fullmatch(source) is not None)
+
+
+def function_file(source: str) -> Path | None:
+    """The file of a function named as ``file.py:function``; None for any other string, or where there is none."""
+    if ".py:" not in source or len(source) > LONGEST or "\n" in source:
+        return None
+    path = Path(source.rpartition(":")[0])
+    return path if path.is_file() else None
 
 
 def load_function(spec: str, what: str = "reward") -> Callable[..., Any]:

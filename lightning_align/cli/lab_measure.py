@@ -64,6 +64,10 @@ def _check_earlier(job: Job) -> None:
         if row["fingerprint"] != fingerprint(job.recorded):
             before = row["settings"]
             changed = [name for name, value in job.recorded.items() if before.get(name) != value]
+            if changed == ["scorers"]:
+                now, then = job.recorded["scorers"], before.get("scorers", {})
+                places = ", ".join(place for place in now if now[place] != then.get(place))
+                raise UserError(f"{places} has changed since {job.run / MEASURED_FILE} was measured: {OVERWRITE}")
             raise UserError(f"{job.run / MEASURED_FILE} was measured with other {', '.join(changed)}: {OVERWRITE}")
 
 

@@ -22,6 +22,7 @@ from lightning_align.lab.runs import find_checkpoints
 from lightning_align.rewards.base import Reward
 from lightning_align.rewards.build import build_reward
 from lightning_align.run.directory import CONFIG_FILE, MODEL, is_run, read_status
+from lightning_align.run.model_folders import find_models
 
 DATA_OPTIONS = ("path", "val_path", "val_fraction", "columns", "on_bad_record", "playground")
 
@@ -193,5 +194,6 @@ def _job(run: Path, subject: Subject, settings: Settings, shared: Shared) -> Job
         HELDOUT: [],
         **specs,
         "judge": judge,
+        "scorers": {model["folder"]: model["files"] for model in find_models({"model": specs})},
     }
     return Job(run, subject, start, prompts, specs, settings, recorded)

@@ -10,6 +10,7 @@ import yaml
 
 import lightning_align
 from lightning_align.cli.stages import Pipeline, Stage
+from lightning_align.plugins import function_file
 from lightning_align.run.directory import STATUS_FILE, find_parents, is_run, read_status
 
 RESULTS = {"select": "selection.json", "report": "report.html"}  # of lab commands; of others NAME.json
@@ -73,7 +74,7 @@ def _files(node: Any, own: Path) -> Iterator[tuple[str, str]]:
         for value in node:
             yield from _files(value, own)
     elif isinstance(node, str) and 0 < len(node) < 1024 and "\n" not in node:
-        path = Path(node)
+        path = function_file(node) or Path(node)
         if path.is_relative_to(own):
             return
         if path.is_file():

@@ -1,4 +1,7 @@
-"""The model folders that a run reads, as they were when it began: another reference or reward is no way to go on."""
+"""The model folders and functions that a run reads, as they were when it began.
+
+Another reference or reward is no way to go on.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +10,7 @@ from typing import Any
 
 from lightning_align.errors import UserError
 from lightning_align.models.sources import base_of_adapter, resolve_source
+from lightning_align.plugins import function_file
 from lightning_align.run.directory import read_status, string_options
 
 # What weights, sizes, tokens, prompts and the end of an answer are read from; a README may change.
@@ -20,17 +24,18 @@ SAMPLES, SAMPLE_BYTES = 512, 16 * 2**10  # evenly over the file: 8 MiB of a shar
 
 
 def find_models(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The model folders that the options of ``model`` name, the bases of adapters included.
+    """The model folders that the options of ``model`` name, the bases of adapters included, and files of functions.
 
     Returns:
-        For each its ``option``, its ``folder``, and a hash of each of its files.
+        For each its ``option``, its ``folder`` (or the file), and a hash of each of its files.
     """
     known: dict[str, dict[str, str]] = {}
     models = []
     for option, value in string_options(config.get("model"), "model"):
-        for folder in _folders(value):
+        file = function_file(value)
+        for folder in _folders(value) if file is None else [str(file)]:
             if folder not in known:
-                known[folder] = hash_files(Path(folder))
+                known[folder] = hash_files(Path(folder)) if file is None else {file.name: _hash(file)}
             models.append({"option": option.replace(".init_args.", "."), "folder": folder, "files": known[folder]})
     return models
 
@@ -48,7 +53,7 @@ def check_models(run: Path, models: Sequence[Mapping[str, Any]]) -> None:
         changed = sorted(name for name in before.keys() | files.keys() if before.get(name) != files.get(name))
         if changed:
             raise UserError(
-                f"{model['option']} reads the model folder {model['folder']}, which has changed since {run} began "
+                f"{model['option']} reads {model['folder']}, which has changed since {run} began "
                 f"({', '.join(changed[:3])}{', ...' if changed[3:] else ''}): restore it to resume, or start another "
                 "run with another --run.name or --overwrite"
             )

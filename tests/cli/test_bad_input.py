@@ -288,7 +288,7 @@ def test_a_run_is_not_resumed_on_another_start_than_it_began_with(scratch: Any) 
     scratch.done("fit", "--resume", "--run.name=next", "--trainer.max_steps=4")
     scratch.done("fit", "--resume", "--run.name=start", "--trainer.max_steps=4")  # the same run with another model
     assert scratch.refused("fit", "--resume", "--run.name=next", "--trainer.max_steps=5") == (
-        "model.model reads the model folder runs/start/model, which has changed since runs/next began "
+        "model.model reads runs/start/model, which has changed since runs/next began "
         "(model.safetensors): restore it to resume, or start another run with another --run.name or --overwrite"
     )
     scratch.fit("pretrain", "start", "--overwrite")

@@ -135,6 +135,11 @@ def test_other_prompts_or_settings_are_refused(scratch: Any, measured: Any) -> N
     words = ("lab", "frontier", "runs/one", "--recompute", *PROMPTS, "--reward=words.py:words", "--out=other_out")
     assert "measured.jsonl was measured with other prompts, prompts_hash: give --overwrite" in scratch.refused(*words)
     scratch.done(*words, "--overwrite")
+    text = (scratch.root / "words.py").read_text()
+    scratch.write("words.py", f"{text}\n# another reward\n")
+    assert "words.py has changed since runs/one/measured.jsonl was measured: give --overw" in scratch.refused(*words)
+    scratch.write("words.py", text)
+    scratch.done(*words)
     assert {row["settings"]["prompts"] for row in read_measured(scratch.root / "runs" / "one")} == {6}
     mixed = scratch.refused("lab", "frontier", "runs/one", "runs/ppo", "--out=out")
     assert "runs/one was measured afterwards and runs/ppo was not: give --recompute" in mixed

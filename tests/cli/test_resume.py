@@ -285,7 +285,7 @@ def refused_until_restored(place: Place, options: dict[str, Any], name: str, opt
     before = (place.root / name / "run.json").read_bytes()
     assert place.run(options, name, "--resume")["code"] == 2
     (error,) = (line for line in place.log(name).splitlines() if line.startswith("error: "))
-    assert error.startswith(f"error: {option} reads the model folder {folder}, which has changed since ")
+    assert error.startswith(f"error: {option} reads {folder}, which has changed since ")
     assert "(model.safetensors): restore it to resume, or start another run with another --run.name" in error
     assert (place.root / name / "run.json").read_bytes() == before
     weights.write_bytes(original)

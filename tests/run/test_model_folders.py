@@ -58,11 +58,24 @@ def test_a_changed_new_or_missing_file_is_named(tmp_path: Path, name: str) -> No
     (tmp_path / "gold" / "README.md").write_text("another text")
     check_models(run.path, find_models(options))
     (tmp_path / "gold" / name).write_text("{ }")
-    message = rf"^model\.gold reads the model folder .*gold, which has changed since .*ppo began \({name}\): restore it"
+    message = rf"^model\.gold reads .*gold, which has changed since .*ppo began \({name}\): restore it"
     with pytest.raises(UserError, match=message):
         check_models(run.path, find_models(options))
     (tmp_path / "gold" / "config.json").unlink()
     with pytest.raises(UserError, match=r"has changed since .*config\.json"):
+        check_models(run.path, find_models(options))
+
+
+def test_a_reward_function_that_was_edited_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "rewards.py"
+    file.write_text("def words(completions):\n    return [1.0]\n")
+    options = {"model": {"init_args": {"reward": {"long": {"source": f"{file}:words"}}, "gold": "playground"}}}
+    run = RunDirectory(tmp_path, "ppo")
+    run.open("x: 1\n", seed=3, parents=[], models=find_models(options))
+    run.close()
+    check_models(run.path, find_models(options))
+    file.write_text("def words(completions):\n    return [2.0]\n")
+    with pytest.raises(UserError, match=r"^model\.reward\.long\.source reads .*rewards\.py, which has changed since"):
         check_models(run.path, find_models(options))
 
 

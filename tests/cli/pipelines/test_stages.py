@@ -75,6 +75,18 @@ def test_finished_stages_are_skipped_until_an_input_changes(recorder: Any) -> No
     assert recorder.stages() == ["sft", "ppo", "picture"]
 
 
+def test_a_stage_runs_again_when_its_reward_function_was_edited(recorder: Any) -> None:
+    Path("rewards.py").write_text("def words(completions):\n    return [1.0]\n")
+    words = [*ARGS, "--set", "ppo.model.reward=rewards.py:words"]
+    pipeline.main(words)
+    recorder.stages()
+    pipeline.main(words)
+    assert recorder.stages() == []
+    Path("rewards.py").write_text("def words(completions):\n    return [2.0]\n")
+    pipeline.main(words)
+    assert recorder.stages() == ["ppo", "picture"]
+
+
 def test_lab_stage_runs_again_when_its_result_is_gone(recorder: Any) -> None:
     pipeline.main(ARGS)
     recorder.stages()
