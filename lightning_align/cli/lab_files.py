@@ -23,7 +23,7 @@ def write_all(outputs: Mapping[Path, bytes]) -> None:
             for leftover in (*written.values(), temporary):
                 with suppress(OSError):
                     leftover.unlink()
-            raise UserError(f"cannot write {path}: {error.strerror} (change --out or --report)") from error
+            raise UserError(f"cannot write {path}: {error.strerror} (name another place)") from error
         written[path] = temporary
     for path, temporary in written.items():
         os.replace(temporary, path)

@@ -22,11 +22,21 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--kl is {options.kl:g}: give a number above 0")
     out = (options.out or options.run[0]) / "report.html"
 
+    from lightning_align.lab.claims_file import read_claims
     from lightning_align.run.directory import is_run
 
-    if any(is_run(place) for place in options.run):
+    for place in options.run:
+        if not place.is_dir():
+            raise UserError(f"there is no folder {place}: give a run, or folders of pipelines")
+    if options.claims is not None:
+        read_claims(options.claims)  # refused before the long work
+
+    single = next((place for place in options.run if is_run(place)), None)
+    if single is not None:
         if len(options.run) > 1 or options.claims is not None:
-            raise UserError("a report is of one run, or of folders of pipelines with --claims: give it one of the two")
+            raise UserError(
+                f"{single} is a run: a report is of one run alone, or of folders of pipelines, where --claims may stand"
+            )
         text, told = _run(options.run[0], options.title)
     else:
         text, told = _study(options.run, options.kl, options.claims, options.title)

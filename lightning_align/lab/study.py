@@ -18,16 +18,14 @@ from lightning_align.lab.claims import SCALING_FILE, assess_all, read_scaling
 from lightning_align.lab.claims import headline as claims_headline
 from lightning_align.lab.claims_file import read_claims
 from lightning_align.lab.claims_page import sections as claims_sections
-from lightning_align.lab.evaluation.intervals import Estimate
 from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import conclude, kl_text, number
 from lightning_align.lab.frontier import MOST_METHODS, common_kl, load_tracks, summarise
 from lightning_align.lab.grid import Cell, load_grid
-from lightning_align.lab.heldout import judged_by_gold
 from lightning_align.lab.page import table
-from lightning_align.lab.regret import regrets
 from lightning_align.lab.report import answers
 from lightning_align.lab.runs import Curve, load_curve
+from lightning_align.lab.study_stopping import stopping
 
 MOST_PICTURES = 12  # of over-optimisation, one a method
 FEWEST_POINTS = 2  # with a true score, of a run that takes part
@@ -70,7 +68,10 @@ def load_study(folders: Sequence[Path]) -> Study:
     """
     cells: list[Cell] = []
     curves: dict[str, list[tuple[Cell, Curve]]] = {}
+    resolved = [folder.resolve() for folder in folders]
     for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise UserError(f"{folder} is given twice: give each folder once")
         own = load_grid(folder)
         cells += own
         for cell in own:
@@ -206,31 +207,9 @@ def _picture(analysis: Analysis, name: str) -> str:
 
 
 def select_part(study: Study) -> Part:
-    """What each policy for stopping gives away, over all runs with a true score; none but ``gold`` sees it."""
-    found, silent = regrets([curve for own in study.curves.values() for _, curve in own])
-    if not found:
-        raise UserError("no policy could choose a checkpoint of any run: lab select RUN says why")
-    rows = [
-        [escape(row.policy), number(row.mean.value, 3), _ends(row.mean), str(len(row.values))]
-        for row in sorted(found, key=lambda row: row.mean.value)
-    ]
-    most = max(len(row.values) for row in found)
-    seen = any(judged_by_gold(cell.run, curve) for own in study.curves.values() for cell, curve in own)
-    blind = [row for row in found if row.policy != "gold" and not (seen and row.policy == "winrate")]
-    usual = [row for row in blind if 2 * len(row.values) > most]  # not of a few runs alone
-    least = min(usual, key=lambda row: row.mean.value, default=found[0])
-    told = f"without a true score {least.policy} gives away least, {number(least.mean.value)} on average"
-    head = ["policy", "mean regret", "95 % interval", "runs"]
-    caption = "Regret: highest true score of a run minus that of the checkpoint that the policy keeps"
-    note = "".join(f" {policy}: {reason}." for policy, reason in silent.items())
-    about = "gold is judged by the scores it chose by, and flattered. last keeps what training ended with." + (
-        " The true score decided who wins: winrate is flattered, too." if seen else ""
-    )
-    return Part("When to stop", told, [table(caption, head, rows), f'<p class="note">{escape(about + note)}</p>'])
-
-
-def _ends(estimate: Estimate) -> str:
-    return f"{number(estimate.low, 3)} to {number(estimate.high, 3)}" if math.isfinite(estimate.low) else "–"
+    """What each policy for stopping gives away, and the checkpoints to keep."""
+    headline, html = stopping(study.curves)
+    return Part("When to stop", headline, html)
 
 
 def scaling_part(study: Study) -> Part:

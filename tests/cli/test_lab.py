@@ -213,7 +213,7 @@ def test_the_curve_does_not_need_torch(run: Path) -> None:
             "--source and --columns contradict each other: give one of them",
         ),
         (["overopt", "runs/ppo", "--out", "file"], "cannot write file/overopt.png: "),
-        (["overopt", "runs/ppo", "--report", "runs"], "cannot write runs: it is a folder (change --out or --report)"),
+        (["overopt", "runs/ppo", "--report", "runs"], "cannot write runs: it is a folder (name another place)"),
         (["overopt", "runs/ppo", "--report", "file/x.html"], "cannot write file/x.html: "),
     ],
 )
@@ -250,4 +250,4 @@ def test_a_folder_without_permission_is_one_line(run: Path, capsys: pytest.Captu
         assert cli.run(["lab", "overopt", str(run)]) == 2
     finally:
         run.chmod(0o700)
-    assert "Permission denied (change --out or --report)" in capsys.readouterr().err
+    assert "Permission denied (name another place)" in capsys.readouterr().err

@@ -58,7 +58,11 @@ def test_every_part_is_there_or_says_what_is_missing(study: Path, tmp_path: Path
     assert "peaks at KL" in found["Over-optimisation"].headline
     assert found["Claims"].headline == "1 claims: 0 supported, 0 contradicted, 1 undecided"
     assert found["Runs"].headline == "5 runs, 7 minutes of training"
-    assert found["When to stop"].html[0].count("<tr>") >= 3
+    regrets, _, kept = found["When to stop"].html
+    assert regrets.count("<tr>") >= 3
+    assert "without its own true score" in found["When to stop"].headline
+    assert "Checkpoints to keep" in kept
+    assert kept.count("<tr>") == 1 + 4  # the head, and the runs with a true score
     without = {part.name: part for part in parts(load_study([study]), kl=2.0, claims=None)}
     assert "no claims were given" in without["Claims"].headline
 
@@ -94,7 +98,10 @@ def test_what_cannot_be_reported_is_refused(study: Path, tmp_path: Path, capsys:
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([str(tmp_path / "empty")], "has no pipeline.json: give the folder of a pipeline"),
-        ([str(study), str(study / "sft")], "a report is of one run, or of folders of pipelines"),
+        ([str(study), str(study / "sft")], "sft is a run: a report is of one run alone, or of folders of pipelines"),
+        ([str(study), str(study)], "study is given twice"),
+        ([str(study / "nope")], "there is no folder"),
+        ([str(study), "--claims", "nope.yaml"], "nope.yaml"),
         ([str(study), "--kl", "0"], "--kl is 0: give a number above 0"),
     ):
         assert command(["lab", "report", *words]) == 2
