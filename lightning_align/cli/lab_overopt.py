@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     from lightning_align.lab.analysis import analyse
     from lightning_align.lab.figures import draw, png
     from lightning_align.lab.findings import conclude
-    from lightning_align.lab.report import render
+    from lightning_align.lab.overopt_page import render
     from lightning_align.lab.runs import load_curve
     from lightning_align.lab.summary import summarise, to_json
 

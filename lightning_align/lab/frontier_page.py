@@ -11,8 +11,8 @@ from lightning_align.lab.frontier import SCORES, by_method
 from lightning_align.lab.frontier_figures import draw_frontier, note
 from lightning_align.lab.frontier_tracks import Track
 from lightning_align.lab.frontier_words import headline, told_gain
+from lightning_align.lab.overopt_page import as_text, clip
 from lightning_align.lab.page import page, table
-from lightning_align.lab.report import as_text, clip
 from lightning_align.lab.runs import Point
 
 PROMPTS_SHOWN = 3

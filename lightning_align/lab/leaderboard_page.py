@@ -13,8 +13,8 @@ from lightning_align.lab.evaluation.intervals import Estimate
 from lightning_align.lab.figures import COLOURS, TITLE_COLUMNS, WIDE, bare, style
 from lightning_align.lab.findings import number
 from lightning_align.lab.leaderboard import COLUMNS, START, Entry
+from lightning_align.lab.overopt_page import as_text
 from lightning_align.lab.page import page, table
-from lightning_align.lab.report import as_text
 
 SHOWN = 3  # methods whose answers are shown at first, beside the start
 DIGITS = {"length": 1, "samples": 0, "seconds": 0, "memory": 0}

@@ -22,8 +22,8 @@ from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import conclude, kl_text, number
 from lightning_align.lab.frontier import MOST_METHODS, common_kl, load_tracks, summarise
 from lightning_align.lab.grid import Cell, load_grid
+from lightning_align.lab.overopt_page import answers
 from lightning_align.lab.page import table
-from lightning_align.lab.report import answers
 from lightning_align.lab.runs import Curve, load_curve
 from lightning_align.lab.study_stopping import stopping
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lightning_align.lab.analysis import Analysis, analyse
 from lightning_align.lab.figures import COLOURS, NARROW, PNG_DPI, WIDE, draw, png, svg
 from lightning_align.lab.findings import conclude
-from lightning_align.lab.report import render
+from lightning_align.lab.overopt_page import render
 from lightning_align.lab.runs import Curve, Point
 from lightning_align.lab.summary import summarise, to_json
 

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_align.lab.analysis import Analysis, analyse
 from lightning_align.lab.findings import conclude
-from lightning_align.lab.report import LONGEST_TEXT, clip, render, sample_columns
+from lightning_align.lab.overopt_page import LONGEST_TEXT, clip, render, sample_columns
 from lightning_align.lab.runs import Curve, load_curve
 from lightning_align.lab.summary import summarise, to_json
 
