@@ -292,7 +292,7 @@ def _own_family(table: Table, own: Mapping[str, str], base: Family | None) -> Fa
 
 
 def read_points(table: Table, family: Family, step_column: str | None) -> tuple[list[Point], int]:
-    """Points by step. Cells of one step may stand in several rows (a row per logging call); the last one counts.
+    """Points by step. Cells of one step may stand in several rows (a row per logging call), but no two that differ.
 
     Returns:
         The points, and how many steps were left out for want of a KL or of a score.
@@ -307,7 +307,7 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
             f"step={misspelt}"
         )
     merged: dict[int, dict[str, float]] = {}
-    kl_lines: dict[int, int] = {}
+    lines: dict[tuple[int, str], int] = {}
     for index, row in enumerate(table.rows):
         filled = {key: column for key, column in family.columns.items() if row.get(column)}
         if not filled:
@@ -320,16 +320,24 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
             if key != "kl" and LARGEST_SCORE < abs(value) < math.inf:
                 where = f"{table.path} line {table.lines[index]}"
                 raise UserError(f"{where}: {value:g} in column '{filled[key]}' is no score: mend it, or leave it empty")
-        merged.setdefault(int(step), {}).update(cells)
-        if "kl" in cells:
-            kl_lines[int(step)] = table.lines[index]
+        known = merged.setdefault(int(step), {})
+        for key, value in cells.items():
+            before = known.get(key, math.nan)
+            if not math.isfinite(before):
+                known[key], lines[int(step), key] = value, table.lines[index]
+            elif math.isfinite(value) and value != before:
+                raise UserError(
+                    f"{table.path} line {table.lines[index]}: {value:.12g} in column '{filled[key]}' at step "
+                    f"{int(step)}, which has {before:.12g} on line {lines[int(step), key]}: give a file for each run "
+                    "or seed, or remove one of the rows"
+                )
     points = []
     for step, cells in sorted(merged.items()):
         values = {key: value for key, value in cells.items() if math.isfinite(value)}
         noise = max(0.1, 5 * values["kl_se"]) if "kl_se" in values else NEGATIVE_KL
         if values.get("kl", 0.0) < -noise:
             raise UserError(
-                f"{table.path} line {kl_lines[step]}: {values['kl']:g} in column '{family.columns['kl']}' is below 0 "
+                f"{table.path} line {lines[step, 'kl']}: {values['kl']:g} in column '{family.columns['kl']}' is below 0 "
                 "by more than noise, which no KL is: is its sign turned round? Give KL(π‖π_init), summed over an answer"
             )
         if "kl" in values and set(SCORES) & set(values):

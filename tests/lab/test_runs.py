@@ -148,9 +148,16 @@ def test_nan_cells_are_left_out_and_counted(table: Callable[[str], Path]) -> Non
     assert curve.left_out == 3
 
 
-def test_a_step_that_was_logged_twice_keeps_the_last_value(table: Callable[[str], Path]) -> None:
-    points = load_curve(table("step,kl,proxy\n0,0,1\n1,0.5,2\n1,0.6,3\n1,,4\n")).points
-    assert points[1] == Point(1, kl=0.6, proxy=4.0)
+def test_a_step_in_several_rows_is_one_point(table: Callable[[str], Path]) -> None:
+    points = load_curve(table("step,kl,proxy\n1,0.5,\n0,0,1\n1,0.5,\n1,nan,\n1,0.5,4\n")).points
+    assert points == [Point(0, kl=0.0, proxy=1.0), Point(1, kl=0.5, proxy=4.0)]
+
+
+def test_two_seeds_in_one_table_are_refused_with_the_line(table: Callable[[str], Path]) -> None:
+    blocks = "".join(f"{step},{kl * step},1,{step}\n" for kl in (0.1, 0.2) for step in range(0, 80, 10))
+    refused = r"curve.csv line 11: 2 in column 'kl' at step 10, which has 1 on line 3: give a file for each run or seed"
+    with pytest.raises(UserError, match=refused):
+        load_curve(table(f"step,kl,proxy,gold\n{blocks}"))
 
 
 def test_a_kl_below_0_by_more_than_noise_is_refused_with_its_line(table: Callable[[str], Path]) -> None:
@@ -159,8 +166,8 @@ def test_a_kl_below_0_by_more_than_noise_is_refused_with_its_line(table: Callabl
         load_curve(table("step,kl,proxy\n0,0,1\n1,-0.9,2\n2,-1.4,3\n3,-10,3\n"))
     with pytest.raises(UserError, match=r"line 3: -0\.3 in column 'kl'"):
         load_curve(table("step,kl,kl_se,proxy\n0,-0.09,0,1\n1,-0.3,0.05,2\n"))
-    with pytest.raises(UserError, match="line 3: -7 in column 'kl'"):  # the last of a step counts
-        load_curve(table("step,kl,proxy\n0,0.5,1\n0,-7,\n0,,4\n"))
+    with pytest.raises(UserError, match="line 3: -7 in column 'kl'"):
+        load_curve(table("step,kl,proxy\n0,,4\n0,-7,\n0,,4\n"))
     assert len(load_curve(table("step,kl,kl_se,proxy\n0,-0.09,0.001,1\n1,-2,0.5,2\n2,-0.9,,3\n")).points) == 3
 
 
