@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lightning_align.errors import UserError
-from lightning_align.lab import charts, report
+from lightning_align.lab import charts, overopt_page
 from lightning_align.lab.analysis import analyse
 from lightning_align.lab.findings import conclude
 from lightning_align.lab.page import page
@@ -52,7 +52,7 @@ def render_run(run: Path, title: str | None) -> tuple[str, str]:
     else:
         analysis = analyse(curve)
         finding = conclude(analysis)
-        headline, top = finding.headline, report.sections(analysis, finding)
+        headline, top = finding.headline, overopt_page.sections(analysis, finding)
     heading = title or headline
     head = [f'<p class="eyebrow">Run · {escape(run.resolve().name)}</p>', f"<h1>{escape(heading)}</h1>"]
     return page(heading, [*head, *top, "<h2>All metrics</h2>", *series]), headline
