@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     outputs |= more
     write_all(outputs)
     print(finding.headline)
-    for sentence in (*finding.sentences, *curves[0].told_left_out()):
+    for sentence in (*finding.sentences, _told_source(curves[0]), *curves[0].told_left_out()):
         print(f"  {sentence}")
     if analysis.choice is not None and analysis.choice.checkpoint is not None:
         print(f"  checkpoint: {analysis.choice.checkpoint}")
@@ -87,23 +87,32 @@ def main(argv: Sequence[str]) -> int:
 def _seeds(options: Namespace, curves: "Sequence[Curve]", out: Path) -> int:
     """Several runs of one method: ``overopt.png`` and ``.json``."""
     from lightning_align.lab.figures import png
-    from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences
+    from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences, unlike
     from lightning_align.lab.summary import summarise_seeds, to_json
 
     if len({run.resolve() for run in options.run}) < len(options.run):
         raise UserError("a run is given twice: a run is one seed, give it once")
+    for warning in unlike(curves):
+        print(f"warning: {warning}")
     seeds = analyse_seeds(curves, form=options.form, free_start=options.intercept == "free")
     outputs = {
         out / "overopt.png": png(draw_seeds(seeds)),
         out / "overopt.json": to_json(summarise_seeds(seeds, options.run)).encode(),
     }
     write_all(outputs)
-    left_out = [
-        f"{run}: {line}" for run, curve in zip(options.run, curves, strict=True) for line in curve.told_left_out()
+    read = [
+        f"{run}: {line}"
+        for run, curve in zip(options.run, curves, strict=True)
+        for line in (_told_source(curve), *curve.told_left_out())
     ]
-    print("\n".join([headline(seeds), *(f"  {told}" for told in (*sentences(seeds), *left_out))]))
+    print("\n".join([headline(seeds), *(f"  {told}" for told in (*sentences(seeds), *read))]))
     print(f"wrote {', '.join(map(str, outputs))}")
     return 0
+
+
+def _told_source(curve: "Curve") -> str:
+    """Which numbers the points are."""
+    return f"points read: {len(curve.points)} ({curve.description}, {curve.file})"
 
 
 def aspects(runs: Sequence[Path], out: Path) -> tuple[list[str], dict[Path, bytes]]:

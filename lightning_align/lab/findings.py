@@ -127,7 +127,7 @@ def _about_peak(kind: Kind, analysis: Analysis) -> list[str]:
     if peak is not None:
         return [
             f"The fitted curve {formula} has its peak at KL {kl_text(peak.kl.estimate)} "
-            f"(interval {kl_interval(peak.kl)}), {number(peak.reward.estimate)} above the start."
+            f"(interval {kl_interval(peak.kl)}), {number(peak.reward.estimate)} above the {_start(analysis)}."
         ]
     if analysis.misfit and analysis.peak is not None:
         return [
@@ -151,6 +151,16 @@ def _about_peak(kind: Kind, analysis: Analysis) -> list[str]:
         "before": f"The fit puts its peak before KL {near}, the first checkpoint after the start: no peak in range.",
     }
     return [reasons[result.status]]
+
+
+def _start(analysis: Analysis) -> str:
+    """What the gain of the fit is over."""
+    if not analysis.start_fitted:
+        return "start"
+    if analysis.start is None:
+        return "fitted start"
+    apart = analysis.start.gold - analysis.start_gold
+    return f"fitted start, which is {number(abs(apart))} {'below' if apart > 0 else 'above'} the measured one"
 
 
 def _about_end(kind: Kind, analysis: Analysis) -> list[str]:

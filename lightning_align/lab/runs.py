@@ -95,6 +95,8 @@ class Curve:
         config: The resolved configuration.
         status: ``run.json``.
         path: Run directory or CSV that it was read from.
+        file: Name of the CSV itself.
+        columns: Of which column of it each field is.
     """
 
     name: str
@@ -108,6 +110,14 @@ class Curve:
     config: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    file: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str | None:
+        """Class that trained it, as its configuration names it; None for a CSV."""
+        model = self.config.get("model")
+        return str(model["class_path"]).rsplit(".")[-1] if isinstance(model, dict) and "class_path" in model else None
 
     @property
     def has_gold(self) -> bool:
@@ -146,7 +156,16 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
     points, left_out = read_points(table, family, columns.get("step"))
     if not points:
         raise UserError(f"{table.path}: no step has a number in '{family.columns['kl']}' and in a score column")
-    curve = Curve(_name(path), points, family.name, family.description, left_out, path=path)
+    curve = Curve(
+        _name(path),
+        points,
+        family.name,
+        family.description,
+        left_out,
+        path=path,
+        file=file.name,
+        columns=family.columns,
+    )
     if path.is_dir():
         curve.checkpoints = find_checkpoints(path)
         curve.samples = read_samples(path / SAMPLES_FILE)
@@ -337,8 +356,9 @@ def read_points(table: Table, family: Family, step_column: str | None) -> tuple[
         noise = max(0.1, 5 * values["kl_se"]) if "kl_se" in values else NEGATIVE_KL
         if values.get("kl", 0.0) < -noise:
             raise UserError(
-                f"{table.path} line {lines[step, 'kl']}: {values['kl']:g} in column '{family.columns['kl']}' is below 0 "
-                "by more than noise, which no KL is: is its sign turned round? Give KL(π‖π_init), summed over an answer"
+                f"{table.path} line {lines[step, 'kl']}: {values['kl']:g} in column '{family.columns['kl']}' is below "
+                "0 by more than noise, which no KL is: is its sign turned round? Give KL(π‖π_init), summed over an "
+                "answer"
             )
         if "kl" in values and set(SCORES) & set(values):
             points.append(Point(step, **values))

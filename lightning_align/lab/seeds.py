@@ -76,6 +76,34 @@ class Seeds:
         return Interval(found.estimate**2, found.low**2, found.high**2)
 
 
+def unlike(curves: Sequence[Curve]) -> list[str]:
+    """Warnings of options of the method in which runs differ, apart from seeds and from what they start from.
+
+    Raises:
+        UserError: The configurations name several methods.
+    """
+    methods = {curve.method: curve for curve in curves if curve.method is not None}
+    if len(methods) > 1:
+        named = ", ".join(f"{curve.path} is of {name}" for name, curve in methods.items())
+        raise UserError(f"the runs are of several methods, not seeds of one: {named}; lab frontier compares methods")
+    options = [curve.config["model"].get("init_args") or {} for curve in curves if curve.method is not None]
+    told = []
+    for name in sorted(set().union(*options) - {"seed"}):
+        values = [option.get(name) for option in options]
+        paths = any(not isinstance(value, int | float | str | None) or "/" in str(value) for value in values)
+        if not paths and len(set(values)) > 1:
+            told.append(f"{name} ({', '.join(map(str, dict.fromkeys(values)))})")
+    return [f"the runs differ in {', '.join(told)}: are they seeds of one method?"] if told else []
+
+
+def labels(curves: Sequence[Curve]) -> list[str]:
+    """Their seeds, where these tell the runs apart, else their names or where they lie."""
+    seeds = [curve.name if curve.seed is None else f"seed {curve.seed}" for curve in curves]
+    names = [curve.name for curve in curves]
+    told_apart = (found for found in (seeds, names) if len(set(found)) == len(curves))
+    return next(told_apart, [str(curve.path or curve.name) for curve in curves])
+
+
 def analyse_seeds(curves: Sequence[Curve], *, form: FormName = "rl", free_start: bool = False) -> Seeds:
     """Fit one law to several runs.
 
@@ -166,9 +194,10 @@ def _about_law(seeds: Seeds) -> list[str]:
     peak, collapse = seeds.peak, seeds.collapse
     if peak is None:
         return []
+    start = "fitted start" if all(analysis.start_fitted for analysis in seeds.analyses) else "start"
     told = [
-        f"{FORMULAS[seeds.form]}, each run minus its own start: peak at KL {kl_text(peak.kl.estimate)} (interval "
-        f"{kl_interval(peak.kl)}), {number(peak.reward.estimate)} above the start (interval "
+        f"{FORMULAS[seeds.form]}, each run minus its own {start}: peak at KL {kl_text(peak.kl.estimate)} (interval "
+        f"{kl_interval(peak.kl)}), {number(peak.reward.estimate)} above the {start} (interval "
         f"{number(peak.reward.low)} to {number(peak.reward.high)})."
     ]
     if collapse is not None:
@@ -220,10 +249,10 @@ def draw_seeds(seeds: Seeds, *, with_title: bool = True) -> Figure:
         x_axis(ax, [point for analysis in seeds.analyses for point in analysis.curve.points], WIDE)
         bare(ax)
         ax.axhline(0, color=COLOURS["muted"], linewidth=1.0, linestyle=(0, (1, 2.5)))
-        for analysis, (colour, _, mark) in zip(seeds.analyses, itertools.cycle(STYLES), strict=False):
+        names = labels([analysis.curve for analysis in seeds.analyses])
+        for analysis, name, (colour, _, mark) in zip(seeds.analyses, names, itertools.cycle(STYLES), strict=False):
             points = [p for p in analysis.curve.points if math.isfinite(p.gold) and math.isfinite(p.d)]
             gain = [point.gold - analysis.start_gold for point in points]
-            name = analysis.curve.name if analysis.curve.seed is None else f"seed {analysis.curve.seed}"
             ax.plot([p.d for p in points], gain, mark, color=colour, markersize=4.5, alpha=0.75, label=name)
         ax.plot(joint.band_d, joint.fit(joint.band_d), color=COLOURS["ink"], linewidth=2.2, zorder=3)
         ax.margins(y=0.12)

@@ -169,8 +169,13 @@ def test_source_takes_what_was_measured_afterwards(run: Path, capsys: pytest.Cap
     assert cli.run(["lab", "overopt", "runs/ppo", "--source", "measured"]) == 2
     assert "runs/ppo has no measured.csv: lab frontier runs/ppo --recompute makes it" in capsys.readouterr().err
     Path("runs/ppo/measured.csv").write_text("step,kl,proxy,gold\n" + "".join(f"{i},{i},{i},{i}\n" for i in range(9)))
+    read = {
+        "measured": "  points read: 9 (checkpoints measured on held-out prompts, measured.csv)\n",
+        "eval": "  points read: 17 (evaluations on held-out prompts, metrics.csv)\n",
+    }
     for source, expected in (("measured", "measured"), ("auto", "measured"), ("eval", "eval")):
         assert cli.run(["lab", "overopt", "runs/ppo", "--source", source]) == 0
+        assert read[expected] in capsys.readouterr().out
         assert json.loads(Path("runs/ppo/overopt.json").read_text())["source"] == expected
 
 

@@ -157,6 +157,10 @@ def test_a_free_start_ignores_a_first_point_that_is_off(make_curve: MakeCurve, l
     assert (fixed.start_gold, fixed.start_fitted) == (0.6, False)
     assert free.start_gold == pytest.approx(1.0, abs=1e-9)
     assert "The score at the start is fitted too." in conclude(free).sentences
+    assert conclude(free).sentences[0].endswith("above the fitted start, which is 0.40 above the measured one.")
+    assert conclude(analyse(make_curve(lambda d: law(d, 0.55, 0.35)))).sentences[0].endswith("above the start.")
+    headless = analyse(replace(curve, points=curve.points[2:]))
+    assert conclude(headless).sentences[0].endswith(" above the fitted start.")
 
 
 def test_negative_kl_estimates_are_kept_but_not_fitted(make_curve: MakeCurve, law: Law) -> None:

@@ -14,7 +14,7 @@ from lightning_align.errors import UserError
 from lightning_align.lab.findings import about_foresight
 from lightning_align.lab.regret import read_peaks
 from lightning_align.lab.runs import Curve, Point
-from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, sentences
+from lightning_align.lab.seeds import analyse_seeds, draw_seeds, headline, labels, sentences, unlike
 from lightning_align.lab.summary import summarise_seeds
 
 D = np.linspace(0.0, 5.0, 20)
@@ -163,6 +163,36 @@ def test_every_run_is_in_the_picture(law: Law) -> None:
     assert any(text.startswith("back at the start: KL 2") for text in texts)
 
 
+def configured(law: Law, number: int, method: str, **options: object) -> Curve:
+    config = {"model": {"class_path": f"somewhere.{method}", "init_args": options}}
+    return replace(curve(law, number), config=config, path=Path(f"runs/{number}"))
+
+
+def test_runs_of_several_methods_are_no_seeds(law: Law) -> None:
+    runs = [configured(law, 0, "PPO"), curve(law, 1), configured(law, 2, "DPO")]
+    with pytest.raises(UserError, match="not seeds of one: runs/0 is of PPO, runs/2 is of DPO; lab frontier compares"):
+        unlike(runs)
+    seeds = [
+        configured(law, i, "PPO", seed=i, kl_coef=0.1, reward=f"runs/reward/{i}", parts={"a": i}) for i in range(3)
+    ]
+    assert unlike([*seeds, curve(law, 3)]) == []
+    other = configured(law, 4, "PPO", kl_coef=0.2, reward=None, parts=None)
+    assert unlike([*seeds, other]) == ["the runs differ in kl_coef (0.1, 0.2): are they seeds of one method?"]
+
+
+def test_runs_of_one_seed_are_told_apart_by_name_or_place(law: Law) -> None:
+    first, second = (replace(curve(law, 0), name=name, path=Path(name)) for name in ("a", "b"))
+    assert labels([first, curve(law, 1)]) == ["seed 0", "seed 1"]
+    assert labels([first, second]) == ["a", "b"]
+    assert labels([replace(first, path=Path("x/a")), replace(first, path=Path("y/a"))]) == ["x/a", "y/a"]
+
+
+def test_a_fitted_start_is_called_so(law: Law) -> None:
+    runs = [curve(law, i) for i in range(3)]
+    assert "each run minus its own fitted start: " in sentences(analyse_seeds(runs, free_start=True))[0]
+    assert " above the start (interval" in sentences(analyse_seeds(runs))[0]
+
+
 def test_runs_without_a_law_are_left_out_and_named(law: Law) -> None:
     short = Curve("short", [Point(0, kl=0.0, gold=1.0), Point(1, kl=1.0, gold=2.0)])
     seeds = analyse_seeds([curve(law, 0), short, curve(law, 1)])
@@ -178,7 +208,9 @@ def test_the_command_for_several_runs(
     runs = [str(make_run(f"ppo{i}", **{**peaked, "gold": [g + i for g in peaked["gold"]]})) for i in range(3)]
     out = tmp_path / "out"
     assert command(["lab", "overopt", *runs, "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("Over 3 runs the true score peaks at KL")
+    told = capsys.readouterr().out
+    assert told.startswith("Over 3 runs the true score peaks at KL")
+    assert f"  {runs[2]}: points read: 17 (evaluations on held-out prompts, metrics.csv)\n" in told
     content = json.loads((out / "overopt.json").read_text())
     assert content["runs"] == runs
     assert content["over_runs"] is True
