@@ -32,6 +32,6 @@ def write_all(outputs: Mapping[Path, bytes]) -> None:
 def pair(word: str) -> tuple[str, str]:
     """A word of ``--columns``."""
     key, equals, column = word.partition("=")
-    if not equals or not column:
-        raise UserError(f"--columns takes FIELD=NAME, not '{word}'")
+    if not equals or not column or Path(word).exists():
+        raise UserError(f"--columns takes FIELD=NAME, not '{word}' (a RUN goes before --columns)")
     return key, column

@@ -36,15 +36,16 @@ def main(argv: Sequence[str]) -> int:
         "trl: objective/… (default: the first there is)",
     )  # fmt: skip
     parser.add_argument(
-        "--columns", nargs="+", default=[], metavar="FIELD=NAME", help="columns of a CSV, such as kl=objective/kl"
-    )
+        "--columns", nargs="+", type=pair, default=[], metavar="FIELD=NAME",
+        help="columns of a CSV, such as kl=objective/kl",
+    )  # fmt: skip
     parser.add_argument("--aspects", action="store_true", help="also draw helpfulness and safety over KL (aspects.png)")
     parser.add_argument(
         "--against", type=Path, action="append", default=[], metavar="RUN",
         help="another run to draw the aspects of beside this one's; may be given several times",
     )  # fmt: skip
     options = parser.parse_args(argv)
-    columns = dict(pair(word) for word in options.columns)
+    columns = dict(options.columns)
     if options.source != "auto" and set(columns) - {"step"}:
         raise UserError("--source and --columns contradict each other: give one of them")
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     from lightning_align.lab.summary import to_json
 
     given = _given_peaks(options.fit)
-    named = dict(pair(word) for word in options.columns)
+    named = dict(options.columns)
     curves = [_read(run, named) for run in options.run]
     choices = [_choose(run, curve, options, given) for run, curve in zip(options.run, curves, strict=True)]
     if options.export is not None and choices[0].checkpoint is None:
@@ -69,7 +69,9 @@ def _options(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--fit", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="overopt.json of earlier runs"
     )
-    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="FIELD=NAME", help="of CSVs")
+    parser.add_argument(
+        "--columns", nargs="+", action="extend", type=pair, default=[], metavar="FIELD=NAME", help="of CSVs"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default: the run; of several the current folder)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="also write the checkpoint as a Hugging Face model")
     options = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from lightning_align.lab.runs import Curve
 from lightning_align.lab.select import POLICIES, KnownPeak, select
 from lightning_align.run.directory import is_run
 
+OWN_FIT = "only this run's own fit, which has seen its true score: give --fit with the overopt.json of another run"
 LAST = "last"  # the baseline: the checkpoint that training ended with
 
 
@@ -133,7 +134,8 @@ def regrets(
             try:
                 choice = select(seen if policy == "gold" else blind(seen), policy, budget=budget, peak=peak)
             except ValueError as error:
-                silent.setdefault(policy, str(error))
+                own = policy == "peak" and peak is None and fitted[number] is not None
+                silent.setdefault(policy, OWN_FIT if own else str(error))
                 continue
             found.setdefault(policy, {})[number] = best - gold[choice.point.step]
             if choice.checkpoint_step in gold:

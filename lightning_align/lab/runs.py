@@ -23,6 +23,7 @@ MEASURED_TABLE = "measured.csv"
 LARGEST_SCORE = 1e12  # beyond this a number is no score, and pictures of it fail
 NEGATIVE_KL = 1.0  # below minus this (with an error: five of them, at least a tenth) a KL is not one with noise
 ENOUGH_EVALUATIONS = 4  # fewer evaluations than this give way to the training iterations, if those are more
+MOST_NAMED = 12  # runs, and columns, in a message
 CHECKPOINT_NAME = re.compile(r"step=(\d+)(?:-kl=(-?[\d.]+|nan|inf))?\.ckpt")
 
 
@@ -148,6 +149,8 @@ def load_curve(path: Path, *, source: str = "auto", columns: Mapping[str, str] |
     columns = columns or {}
     file = curve_file(path, source)
     table = Table.read(file)
+    if table.header and not table.rows:
+        raise UserError(f"{file} has a header and no rows")
     if file.name == MEASURED_TABLE and path.is_dir():
         own = {key: column for key, column in columns.items() if key != "step"}
         family = choose_family(table, "auto", columns) if own else MEASURED
@@ -190,9 +193,20 @@ def curve_file(path: Path, source: str = "auto") -> Path:
 
 
 def _no_metrics(path: Path) -> str:
-    inside = sorted(found.parent.name for found in path.glob(f"*/{METRICS_FILE}"))
-    hint = f"; it holds the runs {', '.join(inside)}: give one of them" if inside else ": has it been trained?"
-    return f"{path} has no {METRICS_FILE}{hint}"
+    runs = sorted(found.parent for found in (*path.glob(f"*/{METRICS_FILE}"), *path.glob(f"*/*/{METRICS_FILE}")))
+    inside = [str(run.relative_to(path)) for run in runs if _has_curve(run)]
+    if not inside:
+        return f"{path} has no {METRICS_FILE}{', and no run in it a curve' if runs else ': has it been trained?'}"
+    more = f" and {len(inside) - MOST_NAMED} more" if len(inside) > MOST_NAMED else ""
+    return f"{path} has no {METRICS_FILE}; it holds the runs {', '.join(inside[:MOST_NAMED])}{more}: give one of them"
+
+
+def _has_curve(run: Path) -> bool:
+    try:
+        choose_family(Table.read(curve_file(run)), "auto", {})
+    except UserError:
+        return False
+    return True
 
 
 def _name(path: Path) -> str:
@@ -249,8 +263,8 @@ class Table:
 
     def __str__(self) -> str:
         """What it has, for an error."""
-        more = f" and {len(self.header) - 12} more" if len(self.header) > 12 else ""
-        return ", ".join(self.header[:12]) + more or "no columns"
+        more = f" and {len(self.header) - MOST_NAMED} more" if len(self.header) > MOST_NAMED else ""
+        return ", ".join(self.header[:MOST_NAMED]) + more or "no columns"
 
 
 def _check_header(path: Path, header: list[str]) -> None:

@@ -17,6 +17,10 @@ from lightning_align.lab.runs import Curve, Point
 Policy = Literal["gold", "heldout", "winrate", "peak", "knee", "budget"]
 POLICIES: tuple[Policy, ...] = ("gold", "heldout", "winrate", "peak", "knee", "budget")
 NO_KNEE = 0.02  # of the range of the proxy: what rounding makes of a straight line
+CALLED = {  # columns that go before the plain ones
+    "heldout_lower": "lower bound of the held-out rewards",
+    "length_controlled_win_rate": "length-controlled win rate",
+}
 PATIENCE = 3  # checkpoints in a row in which the proxy rises while the held-out reward falls, before it is said
 
 
@@ -106,7 +110,7 @@ def select(curve: Curve, policy: Policy, *, budget: float | None = None, peak: K
         points = within
     if not points:
         raise ValueError("no checkpoint has a KL")
-    choice = _RULES[policy](points, budget, peak)
+    choice = _RULES[policy](replace(curve, points=points), budget, peak)
     step = _saved_nearest(curve, choice.point, budget)
     return choice if step is None else replace(choice, checkpoint=curve.checkpoints[step], checkpoint_step=step)
 
@@ -127,9 +131,9 @@ def _saved_nearest(curve: Curve, point: Point, budget: float | None) -> int | No
 
 
 # ---------------------------------------------------------------------------------------------------------- the rules
-def _by_gold(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
-    point, best, se = one_standard_error(points)
-    scored = [p for p in points if math.isfinite(p.gold)]
+def _by_gold(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
+    point, best, se = one_standard_error(curve.points)
+    scored = [p for p in curve.points if math.isfinite(p.gold)]
     known = point.gold_se if math.isfinite(point.gold_se) else best.gold_se
     error = Noise(known, math.inf) if math.isfinite(known) else scattered(scored, [p.gold for p in scored])
     return Choice(
@@ -138,27 +142,28 @@ def _by_gold(points: Sequence[Point], budget: float | None, peak: KnownPeak | No
     )  # fmt: skip
 
 
-def _by_heldout(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
-    point, best, se = one_standard_error(points, "heldout")
-    reason = _within("held-out reward", point, best, se)
-    step = parting(points)
+def _by_heldout(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
+    point, best, se = one_standard_error(curve.points, "heldout")
+    reason = _within(_called(curve, "heldout", "held-out reward"), point, best, se)
+    step = parting(curve.points)
     if step is not None:
         reason += f" Over {PATIENCE} checkpoints up to step {step} the proxy rose while the held-out reward fell."
     return Choice(point, "heldout", best, se, reason=reason)
 
 
-def _by_win_rate(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
-    if not any(math.isfinite(point.win_rate) for point in points):
+def _by_win_rate(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
+    if not any(math.isfinite(point.win_rate) for point in curve.points):
         raise ValueError("no checkpoint has a win rate: measure one, or name its column (--columns win_rate=NAME)")
-    point, best, se = one_standard_error(points, "win_rate")
-    reason = f"{_within('win rate', point, best, se)} It wins on {point.win_rate:.0%} of the prompts against the start."
+    point, best, se = one_standard_error(curve.points, "win_rate")
+    name = _called(curve, "win_rate", "win rate")
+    reason = f"{_within(name, point, best, se)} Its {name} against the start is {point.win_rate:.0%}."
     return Choice(point, "winrate", best, se, reason=reason)
 
 
-def _by_peak(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+def _by_peak(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
     if peak is None:
         raise ValueError("there is no fitted peak: give --fit with the overopt.json of a run that has one")
-    valid = _ordered(point for point in points if math.isfinite(point.d))
+    valid = _ordered(point for point in curve.points if math.isfinite(point.d))
     if not valid:
         raise ValueError("every KL was estimated below 0")
     inside = [point for point in valid if peak.d.low <= point.d <= peak.d.high]
@@ -171,23 +176,23 @@ def _by_peak(points: Sequence[Point], budget: float | None, peak: KnownPeak | No
     return Choice(point, "peak", gold=peak.gain if inside else None, gain=True, reason=reason)
 
 
-def _by_knee(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+def _by_knee(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
     reason = (
         "A weak hint: beyond this knee the proxy gains less for the KL it costs; the proxy cannot show its own errors."
     )
-    return Choice(knee(points), "knee", reason=reason)
+    return Choice(knee(curve.points), "knee", reason=reason)
 
 
-def _by_budget(points: Sequence[Point], budget: float | None, peak: KnownPeak | None) -> Choice:
+def _by_budget(curve: Curve, budget: float | None, peak: KnownPeak | None) -> Choice:
     if budget is None:
         raise ValueError("budget needs a KL: give --budget")
-    point = max(points, key=lambda p: (p.kl, -p.step))
+    point = max(curve.points, key=lambda p: (p.kl, -p.step))
     return Choice(
         point, "budget", reason=f"A weak hint: it has the largest KL up to {budget:g}; no score was looked at."
     )
 
 
-_RULES: dict[Policy, Callable[[Sequence[Point], float | None, KnownPeak | None], Choice]] = {
+_RULES: dict[Policy, Callable[[Curve, float | None, KnownPeak | None], Choice]] = {
     "gold": _by_gold,
     "heldout": _by_heldout,
     "winrate": _by_win_rate,
@@ -195,6 +200,11 @@ _RULES: dict[Policy, Callable[[Sequence[Point], float | None, KnownPeak | None],
     "knee": _by_knee,
     "budget": _by_budget,
 }
+
+
+def _called(curve: Curve, field: str, name: str) -> str:
+    """A score by the column that stands for it, where that is not the plain one."""
+    return CALLED.get(curve.columns.get(field, ""), name)
 
 
 def _within(score: str, point: Point, best: Point, se: float) -> str:

@@ -211,6 +211,9 @@ def test_the_curve_does_not_need_torch(run: Path) -> None:
         (["overopt", "runs"], "runs has no metrics.csv; it holds the runs ppo: give one of them"),
         (["overopt", "runs/ppo", "--form", "dpo"], "argument --form: invalid choice: 'dpo'"),
         (["overopt", "runs/ppo", "--columns", "kl"], "--columns takes FIELD=NAME, not 'kl'"),
+        (["overopt", "--columns", "kl=x", "log.csv"], "not 'log.csv' (a RUN goes before --columns)"),
+        (["select", "--columns", "kl=x", "log.csv"], "not 'log.csv' (a RUN goes before --columns)"),
+        (["select", "--columns", "kl=x", "runs/seed=0"], "not 'runs/seed=0' (a RUN goes before --columns)"),
         (["overopt", "runs/ppo", "--columns", "kl=x"], "runs/ppo/metrics.csv has no column 'x' (it has step, eval/"),
         (["overopt", "runs/ppo", "--source", "trl"], "metrics.csv has nothing for --source trl (found: eval)"),
         (
@@ -226,6 +229,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     run: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("file").write_text("not a folder")
+    Path("runs/seed=0").mkdir()
     before = sorted(Path().rglob("*"))
     assert cli.run(["lab", *argv]) == 2
     captured = capsys.readouterr()

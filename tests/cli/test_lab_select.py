@@ -159,7 +159,15 @@ def test_lower_bounds_and_length_controlled_rates_go_first(folder: Path) -> None
     name = write_csv(Path("r.csv"), rows(**scores))
     for policy, step in (("heldout", 4), ("winrate", 8)):
         assert run(["lab", "select", name, "--policy", policy]) == 0
-        assert json.loads(Path("selection.json").read_text())["runs"][0]["step"] == step
+        (chosen,) = json.loads(Path("selection.json").read_text())["runs"]
+        assert chosen["step"] == step
+        assert {
+            "heldout": "the best lower bound of the held-out rewards",
+            "winrate": "best length-controlled win rate",
+        }[policy] in chosen["reason"]
+    assert "Its length-controlled win rate against the start is 100%." in chosen["reason"]
+    assert run(["lab", "select", name, "--policy", "winrate", "--columns", "win_rate=win_rate"]) == 0
+    assert "Its win rate against the start is 18%." in Path("selection.json").read_text()
 
 
 def test_the_fairer_win_rate_comes_with_its_own_error(folder: Path) -> None:
@@ -249,7 +257,10 @@ def test_regret_over_seeds(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert picture.width >= 900
     assert run(["lab", "select", names[0], "--out", "alone"]) == 0
     assert not Path("alone/regret.png").exists()
-    assert "peak     none: there is no fitted peak" in capsys.readouterr().out  # its own fit has seen its gold
+    assert (
+        "peak     none: only this run's own fit, which has seen its true score: give --fit with"
+        in capsys.readouterr().out
+    )  # its own fit has seen its gold
 
 
 def test_the_regret_of_peak_uses_no_fit_of_the_run_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,12 +273,21 @@ def test_the_regret_of_peak_uses_no_fit_of_the_run_itself(folder: Path, capsys: 
         for given in (target, str(Path(target).resolve())):
             capsys.readouterr()
             assert run(["lab", "select", given, "--fit", fit, "--policy", "peak"]) == 0
-            assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+            assert (
+                "peak     none: only this run's own fit, which has seen its true score: give --fit with"
+                in capsys.readouterr().out
+            )
     assert run(["lab", "select", str(directory / "metrics.csv"), "--fit", "r/overopt.json"]) == 0
-    assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+    assert (
+        "peak     none: only this run's own fit, which has seen its true score: give --fit with"
+        in capsys.readouterr().out
+    )
     directory.rename("moved")
     assert run(["lab", "select", "moved", "--fit", "moved/overopt.json"]) == 0
-    assert "peak     none: there is no fitted peak" in capsys.readouterr().out
+    assert (
+        "peak     none: only this run's own fit, which has seen its true score: give --fit with"
+        in capsys.readouterr().out
+    )
     assert run(["lab", "select", name, "--fit", "moved/overopt.json"]) == 0  # another run's
     assert "peak     0." in capsys.readouterr().out
 

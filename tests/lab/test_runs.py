@@ -89,6 +89,18 @@ def test_evaluations_are_preferred_unless_they_are_few(tmp_path: Path) -> None:
         assert len(load_curve(tmp_path / name, source="train").points) == 12
 
 
+def test_a_folder_names_the_runs_that_have_a_curve(
+    make_run: Callable[..., Path], peaked: dict[str, list[float]], tmp_path: Path
+) -> None:
+    FileLogger(tmp_path / "all" / "reward").log_metrics({"loss": 0.5}, step=0)
+    with pytest.raises(UserError, match=r"all has no metrics.csv, and no run in it a curve$"):
+        load_curve(tmp_path / "all")
+    for name in ("dpo", "ppo/seed=0", "ppo/seed=1"):
+        make_run(f"all/{name}", **peaked)
+    with pytest.raises(UserError, match=r"it holds the runs dpo, ppo/seed=0, ppo/seed=1: give one of them"):
+        load_curve(tmp_path / "all")
+
+
 def test_a_pipeline_folder_names_its_runs(make_run: Callable[..., Path], peaked: dict[str, list[float]]) -> None:
     run = make_run("quick/ppo", **peaked)
     (run.parent / "pipeline.json").write_text("{}")
@@ -181,7 +193,7 @@ def test_negative_kl_is_kept_as_a_point_without_distance(table: Callable[[str], 
     ("text", "options", "message"),
     [
         ("step,kl\n0,1\n", {}, r"has no curve over KL: .* it has step, kl\. Name others"),
-        ("step,kl,proxy\n", {}, "has no curve over KL"),
+        ("step,kl,proxy\n", {}, "curve.csv has a header and no rows"),
         ("", {}, "it has no columns"),
         ("step,kl,proxy\n0,nan,1\n", {}, r"no step has a number in 'kl'"),
         ("step,kl,proxy\n0,0.1,high\n", {}, r"line 2: 'high' in column 'proxy' is not a number"),

@@ -357,7 +357,7 @@ def test_regret_hides_gold_and_the_own_fit() -> None:
     """A run alone has a peak in its gold, and none that another run has shown."""
     alone, silent = regrets([simulated(0)])
     assert "peak" not in {row.policy for row in alone}
-    assert "fitted peak" in silent["peak"]
+    assert "own fit" in silent["peak"]
 
 
 def family(seed: int, runs: int, noise_of_heldout: float) -> list[Curve]:
@@ -427,7 +427,7 @@ def test_a_given_fit_of_the_run_itself_is_not_used_and_none_counts_twice(tmp_pat
     assert own[1] is not None
     alone, silent = regrets(curves[:1], given=[own[0]])
     assert "peak" not in {row.policy for row in alone}
-    assert "fitted peak" in silent["peak"]
+    assert "own fit" in silent["peak"]
     both = KnownPeak(Interval(5.0, 4.9, 5.1), own[0].gain, "both", own[0].runs | own[1].runs)
     assert regrets(curves, given=[both]) == regrets(curves)
     assert regrets(curves, given=[own[0]]) == regrets(curves)
