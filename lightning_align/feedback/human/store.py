@@ -55,11 +55,12 @@ class Store:
         with self._database.writing():
             (number,) = self._database.row("SELECT count(*) FROM prompts")
             row = (key, _dump(prompt), _dump(list(answers)), place, self.plan.wanted(number), self.plan.turn(key))
-            return self._database.write(
+            added = self._database.write(
                 "INSERT INTO prompts (key, prompt, answers, place, wanted, turn) VALUES (?, ?, ?, ?, ?, ?) "
                 "ON CONFLICT (key) DO NOTHING",
                 row,
-            ) == 1
+            )
+        return added == 1
 
     def items(self) -> dict[int, Item]:
         """All items by id, in the order in which they came."""

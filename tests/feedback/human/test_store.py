@@ -284,10 +284,8 @@ def test_a_full_disk_is_told_and_what_was_answered_for_is_there(path: Path) -> N
 
 def test_what_is_added_together_is_there_whole_or_not_at_all(path: Path) -> None:
     store = filled(path, 2, overlap=0)
-    items = iter([("new", ["a", "b"], "here")])
-    with pytest.raises(StopIteration), store.together():
-        while store.add(*next(items)):
-            pass
+    with pytest.raises(ZeroDivisionError), store.together():
+        assert store.add("new", ["a", "b"], "here") / 0
     assert len(store.items()) == 2
     item, aspect = store.next_task("ann")  # type: ignore[misc]
     store.judge("k", item, "ann", aspect, Verdict(RANKS))
