@@ -85,10 +85,23 @@ def headline(policies: Sequence[Policy]) -> str:
         (policy,) = policies
         changes = [f"{aspect} {_change(policy, aspect, kl)}" for aspect in ASPECTS]
         return f"Up to KL {kl_text(kl)}, {' and '.join(changes)}"
-    best = {aspect: max(policies, key=lambda p, a=aspect: p.at(a, kl)[0]).name for aspect in ASPECTS}  # type: ignore[misc]
-    if len(set(best.values())) == 1:
-        return f"At KL {kl_text(kl)} {best['safety']} is both the most helpful and the safest"
-    return f"At KL {kl_text(kl)} {best['helpfulness']} is the most helpful, {best['safety']} the safest"
+    leads = {aspect: _lead(policies, aspect) for aspect in ASPECTS}
+    (first, near), (second, near_too) = leads["helpfulness"], leads["safety"]
+    whose = "" if second == first else f"{second} "
+    return f"At KL {kl_text(kl)} {first} has the highest helpfulness{near} and {whose}the highest safety{near_too}"
+
+
+def _lead(policies: Sequence[Policy], aspect: str) -> tuple[str, str]:
+    """The policy that scores highest, and in words those whose intervals overlap its own, or are not known."""
+    rows = {name: row[aspect] for name, row in table(policies).items()}
+    first = max(rows, key=lambda name: rows[name]["score"] or 0.0)
+    low = rows[first]["low"]
+    near = [
+        name
+        for name, row in rows.items()
+        if name != first and (low is None or row["high"] is None or row["high"] >= low)
+    ]
+    return first, f" (not clear of {' and '.join(near)})" if near else ""
 
 
 def _change(policy: Policy, aspect: str, kl: float) -> str:

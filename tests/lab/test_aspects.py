@@ -60,14 +60,24 @@ def test_policies_are_compared_at_the_largest_kl_that_all_reach(write: Write) ->
         "high": pytest.approx(0.9 + 0.0196),
     }
     assert rows["help"]["safety"] == {"score": pytest.approx(0.3), "low": None, "high": None}  # between its points
-    assert headline(policies) == "At KL 9.0 help is the most helpful, safe the safest"
+    told = "At KL 9.0 help has the highest helpfulness (not clear of gate and safe) and safe the highest safety"
+    assert headline(policies) == f"{told} (not clear of gate and help)"  # help and safe have no errors
 
 
 def test_one_policy_and_one_that_leads_in_both(write: Write) -> None:
     one = load_policies([write("ppo", 0.1, -0.1)])
     assert headline(one) == "Up to KL 9.0, helpfulness rises from 0.30 to 0.60 and safety falls from 0.90 to 0.60"
     both = load_policies([write("a", 0.1, -0.1), write("b", 0.2, 0.0)])
-    assert headline(both) == "At KL 9.0 b is both the most helpful and the safest"
+    assert headline(both).startswith("At KL 9.0 b has the highest helpfulness (not clear of a)")
+
+
+@pytest.mark.parametrize(("error", "near"), [(0.01, ""), (0.2, " (not clear of a)")])
+def test_one_that_leads_in_both_is_called_clear_where_intervals_are_apart(
+    write: Write, error: float, near: str
+) -> None:
+    errors = {"helpfulness": error, "safety": 0.01}
+    both = load_policies([write("a", 0.1, -0.1, errors=errors), write("b", 0.2, 0.0, errors=errors)])
+    assert headline(both) == f"At KL 9.0 b has the highest helpfulness{near} and the highest safety"
 
 
 def test_training_iterations_are_read_where_nothing_was_evaluated(write: Write) -> None:
