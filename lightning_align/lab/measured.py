@@ -48,11 +48,11 @@ def _hash(content: Any) -> str:
 
 
 def read_measured(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run in the order in which they were measured; none if there are none.
+    """The rows of a run, one a step, in the order in which they were measured; none if there are none.
 
-    A last row that was cut off or damaged is not one: it is measured again.
+    A last row that was cut off or damaged is not one: it is measured again. Of several of one step the last counts.
     """
-    return _read(run / MEASURED_FILE)[0]
+    return list({row["step"]: row for row in _read(run / MEASURED_FILE)[0]}.values())
 
 
 def drop_damaged(run: Path) -> None:
@@ -89,7 +89,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 def append_row(run: Path, row: Mapping[str, Any]) -> None:
     """Add a row; it is on disk when this returns."""
     path = run / MEASURED_FILE
-    line = json.dumps(_finite(row), ensure_ascii=True, allow_nan=False) + "\n"
+    line = json.dumps(finite(row), ensure_ascii=True, allow_nan=False) + "\n"
     with writing(path, REMEDY):
         with path.open("ab") as file:
             file.write(line.encode())
@@ -160,12 +160,12 @@ def _told(value: Any) -> str:
     return "none" if value in (None, [], "") else value if isinstance(value, str) else json.dumps(value)
 
 
-def _finite(value: Any) -> Any:
-    """What JSON can say: numbers that are none become null."""
+def finite(value: Any) -> Any:
+    """What JSON can say: numbers that are none become null, tuples lists."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

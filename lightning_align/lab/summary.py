@@ -10,6 +10,7 @@ from typing import Any
 from lightning_align.lab.analysis import Analysis, Place
 from lightning_align.lab.findings import ONE_RUN, Finding, about_choice
 from lightning_align.lab.joint import JointResult
+from lightning_align.lab.measured import finite
 from lightning_align.lab.overopt import FORMULAS, SMALLEST_D, FormResult, Interval
 from lightning_align.lab.runs import Point
 from lightning_align.lab.seeds import Seeds, headline, sentences
@@ -181,14 +182,4 @@ def _joint_form(law: JointResult) -> dict[str, Any]:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """Strict JSON: what is not a finite number becomes null."""
-    return json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
