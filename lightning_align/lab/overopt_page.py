@@ -12,6 +12,7 @@ from lightning_align.lab.analysis import Analysis
 from lightning_align.lab.extrapolation import FORMS, Foresight
 from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
 from lightning_align.lab.findings import FORM_NAMES, Finding, kl_interval, kl_text, number
+from lightning_align.lab.measured import read_measured
 from lightning_align.lab.overopt import FORMULAS, Interval
 from lightning_align.lab.page import page
 from lightning_align.lab.runs import Point
@@ -194,14 +195,18 @@ def answers(analysis: Analysis) -> str:
     for prompt in shared_prompts([rows for _, _, rows in columns])[:PROMPTS_SHOWN]:
         cards = "".join(_card(title, point, rows.get(prompt), analysis) for title, point, rows in columns)
         blocks.append(f'<div><p class="prompt">{escape(clip(prompt))}</p><div class="columns">{cards}</div></div>')
-    note = f"The first {len(blocks)} held-out prompts, not selected; one sampled answer each, long texts cut at […]."
+    drawn = "when the checkpoints were measured" if _measured_answers(analysis) else "during training"
+    note = (
+        f"The first {len(blocks)} held-out prompts, not selected; one answer each, drawn {drawn}, long texts cut at "
+        "[…]. One answer is one draw: its scores may lie far from the checkpoint's means, which stand above it."
+    )
     return f'<h2>What it says on the way</h2><p class="note">{note}</p><div class="answers">{"".join(blocks)}</div>'
 
 
 def sample_columns(analysis: Analysis) -> list[tuple[str, Point, dict[str, Mapping[str, Any]]]]:
     """Title, point and rows by prompt of the sampled checkpoints: the first, the chosen and the farthest by KL."""
     by_step: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for row in analysis.curve.samples:
+    for row in _measured_answers(analysis) or analysis.curve.samples:
         if isinstance(row["step"], int):
             by_step.setdefault(row["step"], {}).setdefault(as_text(row["prompt"]), row)
     points = {point.step: point for point in analysis.curve.points}
@@ -220,6 +225,13 @@ def sample_columns(analysis: Analysis) -> list[tuple[str, Point, dict[str, Mappi
     return [(titles[p.step], p, by_step[p.step]) for p in sampled if p.step in titles]
 
 
+def _measured_answers(analysis: Analysis) -> list[dict[str, Any]]:
+    """The answers that the points' scores are means of, where they were measured after training."""
+    curve = analysis.curve
+    measured = read_measured(curve.path) if curve.source == "measured" and curve.path is not None else []
+    return [{"step": row["step"], **answer} for row in measured for answer in row["answers"]]
+
+
 def shared_prompts(columns: Sequence[Mapping[str, Any]]) -> list[str]:
     """Prompts in the order of the columns, those that all columns have before the others."""
     prompts = dict.fromkeys(prompt for rows in columns for prompt in rows)
@@ -228,7 +240,9 @@ def shared_prompts(columns: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _card(title: str, point: Point, row: Mapping[str, Any] | None, analysis: Analysis) -> str:
     chosen = " chosen" if analysis.choice is not None and point.step == analysis.choice.point.step else ""
-    head = f'<div class="note">{title} · step {point.step}, KL {kl_text(point.kl)}</div>'
+    means = [f"{name} {number(v)}" for name, v in (("reward", point.proxy), ("true score", point.gold)) if v == v]
+    mean = f"<br>mean {', '.join(means)}" if means else ""
+    head = f'<div class="note">{title} · step {point.step}, KL {kl_text(point.kl)}{mean}</div>'
     if row is None:
         return f'<div class="card{chosen}">{head}<div class="text note">no sample of this prompt</div></div>'
     scores = "".join(

@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from lightning_align.errors import UserError
-from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page, seeds
-from lightning_align.lab.analysis import Analysis, analyse
-from lightning_align.lab.claims import SCALING_FILE, assess_all, read_scaling
-from lightning_align.lab.claims import headline as claims_headline
+from lightning_align.lab import frontier_page, frontier_words, leaderboard, leaderboard_page
+from lightning_align.lab.claims import SCALING_FILE, Result, assess_all, read_scaling
 from lightning_align.lab.claims_file import read_claims
 from lightning_align.lab.claims_page import sections as claims_sections
-from lightning_align.lab.figures import NARROW, WIDE, draw, source_line, svg
-from lightning_align.lab.findings import conclude, kl_text, number
-from lightning_align.lab.frontier import MOST_METHODS, common_kl, load_tracks, summarise
+from lightning_align.lab.findings import kl_text, number
+from lightning_align.lab.frontier import BEST_OF_N, MOST_METHODS, common_kl, load_tracks, summarise
+from lightning_align.lab.frontier_tracks import Track
 from lightning_align.lab.grid import Cell, load_grid
-from lightning_align.lab.overopt_page import answers
 from lightning_align.lab.page import table
 from lightning_align.lab.runs import Curve, load_curve
+from lightning_align.lab.study_overopt import overoptimisation
 from lightning_align.lab.study_stopping import stopping
+from lightning_align.run.directory import read_status
 
-MOST_PICTURES = 12  # of over-optimisation, one a method
 FEWEST_POINTS = 2  # with a true score, of a run that takes part
 
 
@@ -120,16 +118,34 @@ def frontier_part(study: Study) -> Part:
         for method, own in study.curves.items()
     }
     alike, source = _alike(study)
-    best_of = [path for folder in study.folders for path in sorted(folder.glob("best_of*.csv"))]
-    best_of = best_of if source == "auto" else []  # it was measured as the checkpoints were, not as in training
+    best_of = _best_of(study) if source == "auto" else []  # measured as the checkpoints were, not as in training
     shown = sorted(alike, key=lambda method: -best[method])[: MOST_METHODS - bool(best_of)]
     runs = [cell.run for method in alike if method in shown for cell, _ in alike[method]]
     tracks = load_tracks(runs, source=source, best_of=best_of)
     summary = summarise(tracks, common_kl(tracks), None)
     rest = [method for method in study.curves if method not in shown]
-    note = f"Not in this picture: {', '.join(rest)}." if rest else ""
-    html = frontier_page.sections(tracks, summary)
-    return Part("Frontier", frontier_words.headline(summary), [*html, f'<p class="note">{escape(note)}</p>'])
+    notes = [f"Not in this picture: {', '.join(rest)}."] if rest else []
+    notes += _about_start(tracks)
+    html = [*(f'<p class="note">{escape(note)}</p>' for note in notes), *frontier_page.sections(tracks, summary)]
+    return Part("Frontier", frontier_words.headline(summary), html)
+
+
+def _best_of(study: Study) -> list[Path]:
+    """Tables of best-of-n beside the runs."""
+    return [path for folder in study.folders for path in sorted(folder.glob("best_of*.csv"))]
+
+
+def _about_start(tracks: Sequence[Track]) -> list[str]:
+    """Why best-of-n does not begin where the others do, though it is the same model."""
+    own = [track for track in tracks if track.method == BEST_OF_N]
+    few = next((track.settings["num_samples"] for track in tracks if "num_samples" in track.settings), None)
+    if not own or few is None:
+        return []
+    many = max(point.step for track in own for point in track.points)
+    return [
+        f"{BEST_OF_N} is the start itself, without training: its n = 1 is the mean over {many} answers to each prompt, "
+        f"and the start of the other methods the mean over {few}. The two differ by the error of so few answers."
+    ]
 
 
 def _alike(study: Study) -> tuple[dict[str, Sequence[tuple[Cell, Curve]]], str]:
@@ -154,56 +170,10 @@ def _needed(runs: Sequence[Path]) -> Sequence[Path]:
 
 
 def overopt_part(study: Study) -> Part:
-    """Gold over KL of each method with its law: over its runs, or of the one run with the proxy above it."""
+    """Gold over KL of each method with its law."""
     _needed(study.runs)
-    html: list[str] = []
-    told: list[str] = []
-    farthest = sorted(study.curves.items(), key=lambda item: -_reach(item[1]))  # it shows most of what is to be seen
-    for index, (method, own) in enumerate(farthest):
-        cell, curve = own[0]
-        analysis = analyse(curve)
-        heading, picture, text = _law([one for _, one in own], analysis, f"o{index}")
-        told.append(f"{method}: {heading[0].lower()}{heading[1:]}")
-        if index >= MOST_PICTURES:
-            continue
-        opened = " open" if index == 0 else ""
-        html.append(
-            f"<details{opened}><summary><h3>{escape(method)}: {escape(heading)}</h3></summary>{picture}"
-            f"<p>{escape(text)}</p>{answers(analysis)}"
-            f'<p class="note"><code>{escape(str(cell.run))}</code></p></details>'
-        )
-    if len(study.curves) > MOST_PICTURES:
-        listed = "".join(f"<li>{escape(line)}</li>" for line in told[MOST_PICTURES:])
-        html.append(f"<ul>{listed}</ul>")
-    return Part("Over-optimisation", told[0], html)
-
-
-def _reach(own: Sequence[tuple[Cell, Curve]]) -> float:
-    return max(point.kl for _, curve in own for point in curve.points)
-
-
-def _law(curves: Sequence[Curve], analysis: Analysis, name: str) -> tuple[str, str, str]:
-    """Heading, picture and sentences: of several runs together where they have a law, else of the first."""
-    if len(curves) > 1:
-        try:
-            several = seeds.analyse_seeds(curves)
-        except UserError:
-            pass  # too few points in each: the first run is shown by itself
-        else:
-            heading = seeds.headline(several)
-            picture = svg(seeds.draw_seeds(several, with_title=False), "seeds", escape(heading), prefix=name)
-            return heading, f"<figure>{picture}</figure>", " ".join(seeds.sentences(several))
-    finding = conclude(analysis)
-    return finding.headline, _picture(analysis, name), " ".join(finding.sentences)
-
-
-def _picture(analysis: Analysis, name: str) -> str:
-    finding = conclude(analysis)
-    pictures = "".join(
-        svg(draw(analysis, finding, layout, with_title=False), kind, escape(finding.headline), prefix=f"{name}{kind}")
-        for kind, layout in (("wide", WIDE), ("narrow", NARROW))
-    )
-    return f"<figure>{pictures}<figcaption>{escape(source_line(analysis))}</figcaption></figure>"
+    headline, html = overoptimisation(study.curves)
+    return Part("Over-optimisation", headline, html)
 
 
 def select_part(study: Study) -> Part:
@@ -222,7 +192,7 @@ def scaling_part(study: Study) -> Part:
     laws = read_scaling(folder).values()
     rows = [
         [
-            escape(str(row["claim"])),
+            f'<div class="claim">{escape(str(row["claim"]))}: {escape(str(row["statement"]))}</div>',
             f'<span class="verdict {escape(str(row["verdict"]))}">{escape(str(row["verdict"]))}</span>',
             _estimate(row),
             f'<div class="claim"><small>{escape(str(row["reason"]))}</small></div>',
@@ -230,7 +200,7 @@ def scaling_part(study: Study) -> Part:
         for row in laws
     ]
     pictures = [_image(path) for path in sorted(folder.glob("scaling*.png"))]
-    told = ", ".join(f"{row['claim']} {row['verdict']}" for row in laws)
+    told = "; ".join(f"{row['claim']} {row['verdict']}: {row['statement']}" for row in laws)
     return Part(
         "Scaling",
         told,
@@ -250,7 +220,10 @@ def leaderboard_part(study: Study, kl: float) -> Part:
     places = leaderboard.find_runs(study.folders)
     entries = leaderboard.load_entries(places, kl=kl, samples=math.inf)
     rows = leaderboard.board(entries)
-    html = leaderboard_page.sections(rows, entries, leaderboard.note(entries, kl, math.inf))
+    about = leaderboard.note(entries, kl, math.inf)
+    if _best_of(study):
+        about += f" {BEST_OF_N} is no policy but a choice among answers of the start: it stands in the frontier alone."
+    html = leaderboard_page.sections(rows, entries, about)
     return Part("Leaderboard", leaderboard.headline(rows, kl), html)
 
 
@@ -259,15 +232,27 @@ def claims_part(study: Study, path: Path | None) -> Part:
     if path is None:
         raise UserError("no claims were given: --claims FILE (docs/claims.md)")
     results = assess_all(read_claims(path), study.cells, study.folders)
-    return Part("Claims", claims_headline(results), claims_sections(results))
+    return Part("Claims", _judged(results), claims_sections(results))
+
+
+def _judged(results: Sequence[Result]) -> str:
+    """How many of the claims hold here, those apart of which these runs say nothing."""
+    measured = [result for result in results if math.isfinite(result.effect.value)]
+    counts = {name: sum(r.verdict == name for r in measured) for name in ("supported", "contradicted", "undecided")}
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return f"{told}; {len(results) - len(measured)} of {len(results)} claims not measured by these runs"
 
 
 def runs_part(study: Study) -> Part:
     """Every run, with what it ended at and the time it took."""
     golds = {cell.run: curve for own in study.curves.values() for cell, curve in own}
-    rows = [[escape(cell.method), _labels(cell), *_end(golds.get(cell.run)), _seconds(cell)] for cell in study.cells]
-    total = sum(cell.seconds for cell in study.cells if math.isfinite(cell.seconds))
-    head = ["stage", "run", "KL at the end", "reward", "true score", "highest", "seconds"]
+    seconds = {cell.run: _seconds(cell.run) for cell in study.cells}
+    rows = [
+        [escape(cell.method), _labels(cell), *_end(golds.get(cell.run)), number(seconds[cell.run], 0)]
+        for cell in study.cells
+    ]
+    total = sum(value for value in seconds.values() if math.isfinite(value))
+    head = ["stage", "run", "KL at the end", "reward", "true score", "highest", "seconds of training"]
     told = f"{len(study.cells)} runs, {total / 60:.0f} minutes of training"
     return Part("Runs", told, [table("All finished runs", head, rows, words=2)])
 
@@ -276,8 +261,9 @@ def _labels(cell: Cell) -> str:
     return f"<code>{escape(','.join(f'{axis}={label}' for axis, label in cell.axes.items()) or cell.run.name)}</code>"
 
 
-def _seconds(cell: Cell) -> str:
-    return f"{cell.seconds:.0f}" if math.isfinite(cell.seconds) else "–"
+def _seconds(run: Path) -> float:
+    """Of training, as the leaderboard has them: without the start of the process, which a pipeline counts too."""
+    return float(read_status(run).get("durations", {}).get("total_seconds", math.nan))
 
 
 def _end(curve: Curve | None) -> Iterable[str]:

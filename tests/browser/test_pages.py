@@ -122,6 +122,12 @@ def test_the_report_of_a_pipeline(tab: Any, report: Path) -> None:
     assert pictures.count() >= 2
     assert all(pictures.nth(i).bounding_box()["height"] > 100 for i in range(pictures.count()))
     assert tab.locator("img").count() == 0  # answers are text
+    captions = tab.locator("caption:visible")
+    boxes = [captions.nth(i).bounding_box() for i in range(captions.count())]
+    assert len(boxes) >= 4
+    assert all(box["x"] + box["width"] <= tab.viewport_size["width"] for box in boxes)  # of tables that scroll, too
+    # a label that the browser's letters push over the edge of a picture is seen all the same
+    assert tab.locator("figure svg").first.evaluate("svg => getComputedStyle(svg).overflow") == "visible"
     opened = tab.locator("details[open] .card:visible").count()
     assert opened >= 3
     tab.locator("summary", has_text="dpo:").click()

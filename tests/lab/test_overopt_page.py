@@ -158,3 +158,10 @@ def test_json_of_unknown_and_infinite_numbers_is_null(make_curve: Callable[..., 
     assert "kl_peak" not in content["intervals"]
     assert content["points"][4]["gold"] is None
     assert content["excluded"] == {"incomplete": 2, "without_gold": 1, "negative_kl": 0, "d_below_0.1": 1}
+
+
+def test_what_is_no_number_is_null_in_tuples_too() -> None:
+    assert json.loads(to_json({"a": (math.nan, 1.0), "b": [{"c": (math.inf,)}]})) == {
+        "a": [None, 1.0],
+        "b": [{"c": [None]}],
+    }
