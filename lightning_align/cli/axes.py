@@ -16,18 +16,24 @@ LABEL = re.compile(r"[\w.+-]+")  # it becomes part of a folder's name
 Axes = Mapping[str, Mapping[str, Any]]  # axis → label → value
 
 
-def read_axes(path: Any, content: Any) -> dict[str, dict[str, Any]]:
+def read_axes(path: Any, content: Any, changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """``axes:`` of a file, each a list of values or a mapping of names to values; labels are names, or the values.
+
+    Args:
+        path: Of the file, for messages.
+        content: What it says.
+        changes: Axes of the command line instead of those of the file. Where an axis has names, a list is of these.
 
     Raises:
         UserError: They are not that, or a label cannot be part of a folder's name.
     """
     if content is None:
-        return {}
+        content = {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: '{AXES}' is {content!r}: give a mapping, such as seed: [0, 1, 2]")
+    changed = {name: _narrowed(name, values, content.get(name)) for name, values in changes.items()}
     axes: dict[str, dict[str, Any]] = {}
-    for name, values in content.items():
+    for name, values in {**content, **changed}.items():
         where = f"{path}: axis '{name}'"
         if not re.fullmatch(r"\w+", str(name)):
             raise UserError(f"{where}: a name has letters, digits and _ only")
@@ -41,6 +47,20 @@ def read_axes(path: Any, content: Any) -> dict[str, dict[str, Any]]:
                 raise UserError(f"{where}: '{label}' cannot be part of a folder's name: give names, {{small: …}}")
         axes[str(name)] = {str(label): value for label, value in labelled.items()}
     return axes
+
+
+def _narrowed(name: str, values: Any, named: Any) -> Any:
+    """The ``values`` of an axis that the command line gives; those of ``named`` in the file that it names."""
+    if not (isinstance(named, dict) and isinstance(values, list)):
+        return values
+    known = {str(label): value for label, value in named.items()}
+    for label in map(str, values):
+        if label not in known:
+            raise UserError(
+                f"--set {AXES}.{name}: there is no '{label}'{nearest(label, list(known))} (names: {', '.join(known)}); "
+                f"other values have names too: {AXES}.{name}={{NAME: VALUE}}"
+            )
+    return {label: known[label] for label in map(str, values)}
 
 
 def axes_of(where: str, spec: Any, axes: Axes, stages: Mapping[str, frozenset[str]]) -> frozenset[str]:

@@ -50,7 +50,7 @@ def read_pipeline(options: argparse.Namespace) -> Pipeline:
     if options.seed_everything is not None:
         defaults["seed_everything"] = options.seed_everything
     changes = _changes(options.changes, content["stages"])
-    axes = read_axes(path, {**(content.get(AXES) or {}), **changes.pop(AXES, {})} or None)
+    axes = read_axes(path, content.get(AXES), changes.pop(AXES, {}))
     reader = Reader(path, folder, defaults, axes)
     for name, spec in content["stages"].items():
         reader.add(str(name), spec, changes.get(str(name), {}))

@@ -107,6 +107,19 @@ def test_axes_can_be_narrowed_and_widened(sweep: Any) -> None:
     assert sweep.stages().count("seed=1") == 0
 
 
+def test_an_axis_with_names_is_narrowed_by_them(sweep: Any) -> None:
+    only = [*ARGS, "--only", "reward"]
+    assert pipeline.main([*ARGS, "--set", "axes.size=[small]"]) == 0
+    assert not any("large" in name for name in sweep.stages() if "=" in name)
+    with pytest.raises(
+        UserError, match=r"axes\.size: there is no 'smal'; did you mean 'small'\? \(names: small, large\)"
+    ):
+        pipeline.main([*only, "--set", "axes.size=[smal]"])
+    assert not sweep.commands
+    pipeline.main([*only, "--set", "axes.size={other: elsewhere}", "--set", "axes.seed=[0]"])
+    assert sweep.stages() == ["seed=0,size=other"]
+
+
 def test_a_cell_that_fails_takes_only_those_with_it_that_need_it(
     sweep: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
