@@ -15,12 +15,14 @@ from typing import Any
 from lightning_align.cli.main import EXIT_INTERRUPTED
 from lightning_align.cli.stage_inputs import decide, fingerprint
 from lightning_align.cli.stages import Pipeline, Stage
+from lightning_align.run.lock import is_locked
 from lightning_align.run.signals import SIGNALS, STAGE_VARIABLE
 
 DESCRIPTIONS = {"skip": "done, unchanged", "run": "running", "resume": "continuing", "overwrite": "running again"}
 FLAGS = {"resume": "--resume", "overwrite": "--overwrite"}
 LOGS = "logs"  # folder of what stages print, where several run at a time
 THREADS = "OMP_NUM_THREADS"
+POLL_SECONDS = 0.2
 
 
 class Children:
@@ -61,7 +63,7 @@ class Children:
             log: File that what it prints is added to, instead of this terminal.
             threads: Of its arithmetic, unless the environment says so already.
         """
-        environment = {**os.environ, STAGE_VARIABLE: "1"}
+        environment = {**os.environ, STAGE_VARIABLE: str(os.getpid())}
         if threads is not None:
             environment.setdefault(THREADS, str(threads))
         if log is None:
@@ -147,6 +149,8 @@ class Run:
 
     def _start(self, stage: Stage, children: Children, pool: ThreadPoolExecutor) -> None:
         self.waiting.remove(stage)
+        if not self._is_free(stage, children):
+            return
         action = decide(self.pipeline, stage, forced=self.forced)
         number = list(self.pipeline.stages).index(stage) + 1
         print(
@@ -166,6 +170,21 @@ class Run:
             options = {"log": log, "threads": max(1, (os.cpu_count() or 1) // self.jobs)}
         future = pool.submit(children.run, stage.command(FLAGS.get(action)), **options)
         self.running[future] = (stage, inputs, time.monotonic())
+
+    def _is_free(self, stage: Stage, children: Children) -> bool:
+        """Wait until no other process trains in the stage's folder; False if a signal came before.
+
+        Such a process is a stage whose pipeline was killed, which saves and stops after its step, or a run by hand.
+        """
+        told = False
+        while stage.config is not None and is_locked(stage.folder):
+            if children.stopping:
+                return False
+            if not told:
+                told = True
+                print(f"{stage.name} waits: {stage.folder} is going on in another process", file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
+        return True
 
     def _finish(self, future: Future[int]) -> None:
         stage, inputs, started = self.running.pop(future)

@@ -87,6 +87,8 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Data and models are good: now the run may write."""
         if trainer.is_global_zero:
+            if self.stop.requested:  # the pipeline has gone: the next one must not find a run that it did not start
+                raise Interrupted("stopped before it began")
             self.run.open(self.config, **self.facts)
             self.run.update(step=self.step)
             if self.run.resume:
@@ -149,18 +151,21 @@ class RunCheckpoints(BoundaryCallback, Checkpoint):
         trainer.save_checkpoint(self.run.path / CHECKPOINTS / name, weights_only=weights_only)
 
 
-def check_checkpoint(path: Path, *, to_train: bool = True) -> None:
-    """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program, one to train on by default."""
+def check_checkpoint(path: Path, *, to_train: bool = True, remedy: str = "give another one") -> None:
+    """Raise :class:`UserError` unless ``path`` is a whole checkpoint of this program, one to train on by default.
+
+    ``remedy`` says what to do about one that is not whole.
+    """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):  # the index stands at the end
-        raise UserError(f"{path} is not a whole checkpoint: it is cut off, or something else; give another one")
+        raise UserError(f"{path} is not a whole checkpoint: it is cut off, or something else; {remedy}")
     try:
         # mmap reads the index only
         content = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a whole checkpoint ({reason}): give another one") from error
+        raise UserError(f"{path} is not a whole checkpoint ({reason}): {remedy}") from error
     missing = {"state_dict", "method"} - set(content if isinstance(content, dict) else ())
     if missing:
         raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")

@@ -9,9 +9,9 @@ from typing import IO
 LOCK_FILE = ".lock"
 
 
-def take_lock(folder: Path) -> IO[bytes] | None:
+def take_lock(folder: Path, name: str = LOCK_FILE) -> IO[bytes] | None:
     """The lock of ``folder``: an open file that holds it until it is closed; None while another process has it."""
-    path = folder / LOCK_FILE
+    path = folder / name
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -27,3 +27,13 @@ def take_lock(folder: Path) -> IO[bytes] | None:
         return file
     file.close()  # it is taken, or the folder was moved or replaced just now
     return None
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process has the lock of ``folder``."""
+    if not (folder / LOCK_FILE).is_file():
+        return False
+    lock = take_lock(folder)
+    if lock is not None:
+        lock.close()
+    return lock is None

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-STAGE_VARIABLE = "LIGHTNING_ALIGN_STAGE"  # set by a pipeline for the processes of its stages
+STAGE_VARIABLE = "LIGHTNING_ALIGN_STAGE"  # the process of a pipeline, set for those of its stages
 
 
 class Interrupted(BaseException):
@@ -25,7 +25,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._deferring = False
-        self._parent = os.getppid() if STAGE_VARIABLE in os.environ else None
+        # taken out: processes that this one starts have another parent
+        pipeline = os.environ.pop(STAGE_VARIABLE, None)
+        self._parent = None if pipeline is None else int(pipeline)
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":

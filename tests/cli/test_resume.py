@@ -323,15 +323,20 @@ def test_a_run_that_did_not_record_its_models_goes_on(place: Place) -> None:
     assert json.loads(path.read_text())["models"] == [model]
 
 
+def chain(place: Place, options: dict[str, Any], name: str) -> list[str]:
+    """The command of a pipeline of one stage, ``sft``."""
+    config = place.root / "stage.yaml"
+    config.write_text("seed_everything: 0\n")
+    own = {key: value for key, value in options.items() if key != "run.root"}
+    stages = {"name": name, "root": str(place.root), "stages": {"sft": {"config": str(config), **own}}}
+    (place.root / f"{name}.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
+    return [sys.executable, "-m", "lightning_align", "pipeline", "--config", str(place.root / f"{name}.yaml")]
+
+
 def test_a_stage_without_its_pipeline_stops_and_the_next_pipeline_continues_it(place: Place) -> None:
     options = {**place.sft, "trainer.max_epochs": 30, "run.checkpoint_every": 1}
     assert place.run(options, "stage_whole")["code"] == 0
-    config = place.root / "stage.yaml"
-    config.write_text("seed_everything: 0\n")
-    del options["run.root"]
-    stages = {"name": "chain", "root": str(place.root), "stages": {"sft": {"config": str(config), **options}}}
-    (place.root / "chain.yaml").write_text(yaml.safe_dump(stages, sort_keys=False))
-    command = [sys.executable, "-m", "lightning_align", "pipeline", "--config", str(place.root / "chain.yaml")]
+    command = chain(place, options, "chain")
     run = place.root / "chain" / "sft"
     with (place.root / "chain.log").open("w") as log:
         pipeline = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
@@ -348,3 +353,19 @@ def test_a_stage_without_its_pipeline_stops_and_the_next_pipeline_continues_it(p
     assert measured(run) == measured(place.root / "stage_whole")
     models = [path / "model" / "model.safetensors" for path in (run, place.root / "stage_whole")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_a_stage_whose_pipeline_has_gone_makes_no_run_that_the_next_pipeline_would_find(place: Place) -> None:
+    command = chain(place, {**place.sft, "trainer.max_epochs": 30, "run.checkpoint_every": 1}, "at_once")
+    run = place.root / "at_once" / "sft"
+    with (place.root / "at_once.log").open("w") as log:
+        pipeline = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+        wait(lambda: "sft: running" in place.log("at_once") or pipeline.poll() is not None)
+        assert pipeline.poll() is None, place.log("at_once")
+        time.sleep(0.5)  # the stage is importing
+        pipeline.kill()
+        pipeline.wait()
+        again = subprocess.run(command, env=ENVIRONMENT, stdout=log, stderr=log, check=False)
+    assert again.returncode == 0, place.log("at_once")
+    status = json.loads((run / "run.json").read_text())
+    assert (status["status"], status["resumed"]) == ("finished", 0)

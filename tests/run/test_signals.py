@@ -28,11 +28,14 @@ def test_before_the_first_step_a_signal_interrupts_at_once() -> None:
 
 def test_a_stage_stops_when_its_pipeline_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getppid()
-    monkeypatch.setenv(STAGE_VARIABLE, "1")
+    monkeypatch.setenv(STAGE_VARIABLE, str(parent))
     with StopRequest() as stop:
         assert not stop.requested
         monkeypatch.setattr(os, "getppid", lambda: parent + 1)
         assert stop.requested
+    monkeypatch.setenv(STAGE_VARIABLE, str(parent))
+    with StopRequest() as stop:
+        assert stop.requested  # it had gone before the stage was up
 
 
 def test_a_run_started_by_hand_may_outlive_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Stages of a pipeline: order, references, skipping, resuming; one process in a folder."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,27 @@ def test_what_a_later_stage_would_refuse_is_said_before_the_first_runs(
 def test_missing_pipeline_file(recorder: Any) -> None:
     with pytest.raises(UserError, match=r"pipeline file none.yaml does not exist"):
         pipeline.main(["--config", "none.yaml"])
+
+
+def test_a_stage_waits_for_a_process_that_is_in_its_run(recorder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was left by a pipeline that was killed: without waiting the stage would be refused."""
+    folder = Path("runs/demo/ppo")
+    folder.mkdir(parents=True)
+    lock = take_lock(folder)
+    assert lock is not None
+    seen: list[bool] = []
+
+    def leave() -> None:
+        seen.append("ppo" in recorder.stages())
+        lock.close()
+
+    timer = threading.Timer(1.0, leave)
+    timer.start()
+    assert pipeline.main(ARGS) == 0
+    timer.join()
+    assert seen == [False]
+    assert "ppo waits: runs/demo/ppo is going on in another process" in capsys.readouterr().err
+    assert "ppo" in recorder.stages()
 
 
 def test_a_second_process_is_told_of_the_first(recorder: Any) -> None:
