@@ -8,6 +8,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.sampling import Policy
 from lightning_align.lab.evaluation.subjects import place_of
 from lightning_align.lab.measured import (
+    REMEDY,
     append_row,
     check_alike,
     drop_damaged,
@@ -31,8 +33,11 @@ from lightning_align.lab.measured import write_table as write_measured_table
 from lightning_align.lab.runs import MEASURED_FILE, read_episodes
 from lightning_align.run.checkpoints import check_checkpoint
 from lightning_align.run.directory import CHECKPOINTS
+from lightning_align.run.files import writing
+from lightning_align.run.lock import take_lock
 
 OVERWRITE = "give --overwrite to measure again"
+MEASURING_LOCK = ".measuring"  # of its own: a run that is still training may be measured
 BEST_OF_COMMON = ("data", "split", "prompts", "prompts_hash", "max_new_tokens", "stop_strings", "dtype", "gold")
 
 
@@ -48,32 +53,65 @@ def recompute(runs: Sequence[Path], options: Namespace) -> None:
     shared = Shared(options)
     jobs = plan(runs, shared)
     check_alike({str(job.run): job.recorded for job in jobs}, planned=True)
-    for job in jobs:
+    with ExitStack() as locks:
+        for number, run in enumerate(runs):
+            if run.resolve() in [other.resolve() for other in runs[:number]]:
+                raise UserError(f"{run} is given twice: a run is one seed, give it once")
+            with writing(run / MEASURING_LOCK, REMEDY):
+                lock = take_lock(run, MEASURING_LOCK)
+            if lock is None:
+                raise UserError(f"another process is measuring {run}: wait for it, then the same command goes on")
+            locks.enter_context(lock)
+        for job in jobs:
+            if not options.overwrite:
+                _check_earlier(job)
+            _check_checkpoints(job, again=options.overwrite)
         if options.overwrite:
-            remove(job.run)  # of all runs first: killed from here on, the command goes on without --overwrite
-        else:
-            _check_earlier(job)
-    for number, job in enumerate(jobs, start=1):
-        drop_damaged(job.run)
-        _measure(job, shared, f"[{number}/{len(jobs)}] {job.run}")
+            for job in jobs:  # of all runs first: killed from here on, the command goes on without --overwrite
+                remove(job.run)
+        for number, job in enumerate(jobs, start=1):
+            drop_damaged(job.run)
+            _measure(job, shared, f"[{number}/{len(jobs)}] {job.run}")
 
 
 def _check_earlier(job: Job) -> None:
     """Rows of other settings are not mixed with new ones, and not thrown away unasked."""
     for row in read_measured(job.run):
         if row["fingerprint"] != fingerprint(job.recorded):
-            before = row["settings"]
+            before = {"scorers": job.recorded["scorers"], **row["settings"]}  # earlier versions recorded no scorers
             changed = [name for name, value in job.recorded.items() if before.get(name) != value]
             if changed == ["scorers"]:
-                now, then = job.recorded["scorers"], before.get("scorers", {})
-                places = ", ".join(place for place in now if now[place] != then.get(place))
+                now, then = job.recorded["scorers"], before["scorers"]
+                places = ", ".join(place for place in {**then, **now} if now.get(place) != then.get(place))
                 raise UserError(f"{places} has changed since {job.run / MEASURED_FILE} was measured: {OVERWRITE}")
-            raise UserError(f"{job.run / MEASURED_FILE} was measured with other {', '.join(changed)}: {OVERWRITE}")
+            if changed:
+                raise UserError(f"{job.run / MEASURED_FILE} was measured with other {', '.join(changed)}: {OVERWRITE}")
+
+
+def _check_checkpoints(job: Job, *, again: bool) -> None:
+    """Refuse a checkpoint that is not whole before anything is measured; say which of the expected are not there."""
+    missing = job.targets if again else _missing(job)
+    for target in missing.values():
+        if target is not None and target.parent.name == CHECKPOINTS:
+            check_checkpoint(target, to_train=False, remedy="remove the file to go on without it")
+    gone = job.expected - (job.targets.keys() if again else job.targets.keys() | _measured_steps(job.run))
+    if gone:
+        steps = ", ".join(map(str, sorted(gone)))
+        told = f"{len(gone)} of {len(job.expected)} checkpoints of run.keep_every are not there"
+        print(f"{job.run}: {told} (steps {steps})", file=sys.stderr)
+
+
+def _measured_steps(run: Path) -> set[int]:
+    return {row["step"] for row in read_measured(run)}
+
+
+def _missing(job: Job) -> dict[int, Path | None]:
+    done = _measured_steps(job.run)
+    return {step: target for step, target in job.targets.items() if step not in done}
 
 
 def _measure(job: Job, shared: Shared, name: str) -> None:
-    done = {row["step"] for row in read_measured(job.run)}
-    missing = {step: target for step, target in job.targets.items() if step not in done}
+    missing = _missing(job)
     if missing:
         meter = job.meter(shared)
         with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +155,6 @@ class Loader:
 
     def _take_weights(self, policy: Policy, checkpoint: Path) -> bool:
         """Whether the checkpoint holds all weights of the network, which then has them; adapters are merged instead."""
-        check_checkpoint(checkpoint, to_train=False)
         state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
         own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         if own.keys() != policy.model.state_dict().keys():

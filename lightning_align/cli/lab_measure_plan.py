@@ -133,6 +133,13 @@ class Job:
         found.setdefault(0, None)
         return dict(sorted(found.items()))
 
+    @property
+    def expected(self) -> set[int]:
+        """Steps whose checkpoints ``run.keep_every`` has kept by now; what online methods keep beside is not known."""
+        content = yaml.safe_load((self.run / CONFIG_FILE).read_text(encoding="utf-8"))
+        every, last = content.get("run", {}).get("keep_every"), read_status(self.run).get("step")
+        return set(range(every, last + 1, every)) if every and isinstance(last, int) else set()
+
 
 def plan(runs: Sequence[Path], shared: Shared) -> list[Job]:
     """What is to be measured of each run, and how; :class:`UserError` for what cannot be."""

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from lightning_align.cli.lab_measure import MEASURING_LOCK
 from lightning_align.lab.measured import read_measured
 from lightning_align.lab.runs import find_checkpoints, load_curve
+from lightning_align.run.lock import take_lock
 
 PROMPTS = ("--data=prompt.jsonl", "--limit=6", "--num_samples=2", "--max_new_tokens=6", "--gold=playground", "--seed=3")
 WORDS = "def words(completions):\n    return [float(len(text.split())) for text in completions]\n"
@@ -143,6 +145,52 @@ def test_other_prompts_or_settings_are_refused(scratch: Any, measured: Any) -> N
     assert {row["settings"]["prompts"] for row in read_measured(scratch.root / "runs" / "one")} == {6}
     mixed = scratch.refused("lab", "frontier", "runs/one", "runs/ppo", "--out=out")
     assert "runs/one was measured afterwards and runs/ppo was not: give --recompute" in mixed
+
+
+def test_rows_of_earlier_versions_go_on(scratch: Any, measured: Any) -> None:
+    """They did not record what the scorers were."""
+    run = scratch.root / "runs" / "earlier"
+    shutil.copytree(scratch.root / "runs" / "seen" / "dpo", run)
+    rows = [json.loads(line) for line in (run / "measured.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["settings"]["scorers"]
+        row["fingerprint"] = "of fewer settings"
+    (run / "measured.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    held = ("--heldout", "runs/reward", "words.py:words")
+    answer = scratch.done("lab", "frontier", "runs/earlier", "--recompute", *PROMPTS, *held, "--out=earlier_out")
+    assert answer.err.count(" step ") == 1
+
+
+def test_one_process_at_a_time_measures_a_run(scratch: Any, measured: Any) -> None:
+    run = scratch.root / "runs" / "locked"
+    shutil.copytree(scratch.root / "runs" / "dpo", run)
+    words = ("lab", "frontier", "runs/locked", "--recompute", *PROMPTS, "--reward=words.py:words")
+    lock = take_lock(run, MEASURING_LOCK)
+    assert lock is not None
+    with lock:
+        assert "another process is measuring runs/locked: wait for it" in scratch.refused(*words)
+    assert not (run / "measured.jsonl").exists()
+    assert "runs/locked is given twice" in scratch.refused(*words[:3], *words[2:])
+    scratch.done(*words, "--out=locked_out")
+    assert len((run / "measured.jsonl").read_text().splitlines()) == len(read_measured(run))
+
+
+def test_a_damaged_checkpoint_is_named_before_anything_is_measured(scratch: Any, measured: Any) -> None:
+    run = scratch.root / "runs" / "cut"
+    shutil.copytree(scratch.root / "runs" / "seen" / "dpo", run)
+    words = ("lab", "frontier", "runs/cut", "--recompute", *PROMPTS, "--reward=words.py:words", "--overwrite")
+    checkpoint = find_checkpoints(run)[2]
+    before = (run / "measured.jsonl").read_bytes()
+    for content in (checkpoint.read_bytes()[:-200], b""):
+        checkpoint.write_bytes(content)
+        refused = scratch.refused(*words)
+        assert "step=00002.ckpt is not a whole checkpoint" in refused
+        assert "remove the file to go on without it" in refused
+    assert (run / "measured.jsonl").read_bytes() == before
+    checkpoint.unlink()
+    answer = scratch.done(*words, "--out=cut_out")
+    assert "runs/cut: 1 of 3 checkpoints of run.keep_every are not there (steps 2)" in answer.err
+    assert [row["step"] for row in read_measured(run)] == [0, 1, 3]
 
 
 def test_runs_of_other_data_are_not_measured_on_their_own_prompts(desk: Any) -> None:

@@ -64,6 +64,16 @@ def test_a_last_row_that_was_cut_off_is_not_one_and_goes(run: Path) -> None:
     assert path.read_bytes() == whole
 
 
+def test_of_a_step_that_was_measured_twice_the_last_row_counts(run: Path) -> None:
+    append_row(run, row(1, 1.0, 0.4))
+    append_row(run, row(0, 0.0, 0.6))
+    assert [(found["step"], found["metrics"]["gold"]["value"]) for found in read_measured(run)] == [
+        (0, 0.6),
+        (1, 0.4),
+        (3, 0.7),
+    ]
+
+
 def test_a_damaged_row_in_the_middle_is_named(run: Path) -> None:
     path = run / "measured.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
