@@ -18,6 +18,7 @@ from lightning_align.callbacks.export import ExportModel
 from lightning_align.callbacks.figure import EvaluationFigure
 from lightning_align.callbacks.nan_guard import NanGuard
 from lightning_align.callbacks.progress import RunProgress
+from lightning_align.callbacks.stop import StopOverOptimisation
 from lightning_align.cli.build import AlignCLI, build, import_methods, with_saved_config
 from lightning_align.cli.plan import Plan, PlanOnly
 from lightning_align.errors import UserError, check_options, nearest
@@ -113,7 +114,9 @@ def train(cli: AlignCLI, stop: StopRequest, run: RunDirectory, resume: bool) -> 
     (saved,) = (callback for callback in trainer.callbacks if isinstance(callback, RunCheckpoints))  # type: ignore[attr-defined]
     if saved.step == saved.resumed_from:
         limit = "model.iterations" if isinstance(cli.model, OnlineModule) else "trainer.max_epochs or max_steps"
-        warnings.warn(f"nothing was trained: {run.path} is at step {saved.step}, where {limit} ends it", stacklevel=1)
+        stops = [each for each in trainer.callbacks if isinstance(each, StopOverOptimisation) and each.stops()]  # type: ignore[attr-defined]
+        end = f"where StopOverOptimisation ended it: {stops[0].why()}" if stops else f"where {limit} ends it"
+        warnings.warn(f"nothing was trained: {run.path} is at step {saved.step}, {end}", stacklevel=1)
 
 
 def run_directory(cli: AlignCLI) -> tuple[RunDirectory, bool]:

@@ -91,6 +91,8 @@ def test_heldout_ends_the_run_after_patience_falls_and_it_stays_ended(world: Any
     assert end < 40
     assert expected_stop(whole, 2) == end
     world.fork(options, "--resume", name=whole.path.name)
+    told = (world.root / f"{whole.path.name}.log").read_text()
+    assert f"is at step {end}, where StopOverOptimisation ended it: heldout has fallen and the proxy risen in 2" in told
     assert max(evaluations(whole, "eval/lab/kl")) == end
     assert command(["lab", "select", str(whole.path)]) == 0  # which finds the same scores by itself
     (chosen,) = json.loads((whole.path / "selection.json").read_text())["runs"]
