@@ -24,7 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def main(argv: list[str]) -> int:
     """Find or sample what is to be ranked, show the links, answer until interrupted."""
-    from lightning_align.feedback.human.access import tokens_of
+    from lightning_align.feedback.human.access import annotators_of, tokens_of
     from lightning_align.feedback.human.candidates import add_candidates, said_of
     from lightning_align.feedback.human.server import build_app, listen, serve
     from lightning_align.feedback.human.store import Store
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     if plan is None or options.store.exists():
         Store(options.store, plan).close()  # refused before the long work, and not made before that has gone well
     found = None if plan is None else _candidates(options)
-    tokens = tokens_of(beside(options.store, "tokens.json"), options.annotators)
+    tokens_file = beside(options.store, "tokens.json")
+    tokens = tokens_of(tokens_file, options.annotators or annotators_of(tokens_file) or [_own_name()])
     with listen(options.host, options.port) as where:
         store = Store(options.store, plan)
         if found is not None:
@@ -88,7 +89,12 @@ def _parser() -> OptionParser:
     how.add_argument("--seed", type=int, default=0, help="of samples, and of who is shown what in which order (0)")
     page = parser.add_argument_group("page")
     page.add_argument("--store", type=Path, default=Path("labels.sqlite"), help="keeps everything (labels.sqlite)")
-    page.add_argument("--annotators", nargs="+", metavar="NAME", help="who judges; each gets a link (default: you)")
+    page.add_argument(
+        "--annotators",
+        nargs="+",
+        metavar="NAME",
+        help="who judges; each gets a link (default: those who have one, else you)",
+    )
     page.add_argument("--guidelines", type=Path, help="Markdown shown beside the answers (default: a short text)")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     page.add_argument("--port", type=int, default=8642, help="0 takes a free one (8642)")
@@ -116,7 +122,6 @@ def read_options(argv: list[str]) -> Namespace:
         raise UserError(f"--temperature is {options.temperature}: give one above 0")
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port is {options.port}: give one below {2**16}, or 0 for a free one")
-    options.annotators = options.annotators or [_own_name()]
     _plan(options)
     return options
 

@@ -293,6 +293,19 @@ def test_nothing_sticks_out_and_texts_do_nothing(width: int, scheme: str, serve:
     assert ATTACK in page.locator(".card .body").first.text_content()
 
 
+def test_enter_saves_after_a_dialog_was_closed(serve: Any, visit: Any) -> None:
+    server = serve("--annotators=ann", prompts=2)
+    page = visit(server.links["ann"])
+    page.locator("#skip").click()
+    save(page, lambda: page.keyboard.press("Digit1"))
+    page.locator("#help").click()
+    page.keyboard.press("Escape")
+    by_keys(page)
+    skipped, ranked = server.judgements()
+    assert skipped.verdict.skipped
+    assert sorted(ranked.verdict.ranks) == [1, 2, 3, 4]
+
+
 def test_conversations_are_shown_from_their_beginning(visit: Any, tmp_path: Path) -> None:
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "مرحبا"}]
     texts = ["| a | b |\n|:--|--:|\n| 1 | 2 |\n" + "many words " * 1000, "مرحبا", "```python\nx = 1\n```"]

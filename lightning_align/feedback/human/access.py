@@ -31,6 +31,11 @@ _HEADERS = {
 }
 
 
+def annotators_of(path: Path) -> list[str]:
+    """Who has a token in a file; nobody where there is none."""
+    return list(_read(path))
+
+
 def tokens_of(path: Path, annotators: Sequence[str]) -> dict[str, str]:
     """The token of each annotator, from a file that only its owner can read; made for those who have none.
 
@@ -45,20 +50,26 @@ def tokens_of(path: Path, annotators: Sequence[str]) -> dict[str, str]:
     if len(set(annotators)) < len(annotators):
         raise UserError(f"--annotators {' '.join(annotators)}: a name is given twice")
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if not isinstance(known, dict) or not all(isinstance(token, str) for token in known.values()):
-            raise ValueError
+        known = _read(path)
         tokens = {name: known.get(name) or secrets.token_urlsafe(24) for name in annotators}
         if not tokens.items() <= known.items():
             descriptor = os.open(path.with_name(f".{path.name}.tmp"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump({**known, **tokens}, file)
             os.replace(path.with_name(f".{path.name}.tmp"), path)
-    except ValueError as error:
-        raise UserError(f"{path} holds no tokens: remove it, and new ones are made") from error
     except OSError as error:
         raise UserError(f"cannot keep the annotators' tokens in {path}: {error.strerror}") from error
     return tokens
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(known, dict) or not all(isinstance(token, str) for token in known.values()):
+            raise ValueError
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} holds no tokens: remove it, and new ones are made") from error
+    return known
 
 
 class Gate:

@@ -58,6 +58,7 @@ def _coloured(code: str, language: str, _attributes: str) -> str:
 def _reader() -> MarkdownIt:
     reader = MarkdownIt("js-default", {"html": False, "breaks": True, "highlight": _coloured})
     reader.disable("image")  # an image is a request to whoever the model names
+    reader.disable("escape")  # else backslashes of formulas were gone
 
     def link_open(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
         tokens[index].attrSet("target", "_blank")

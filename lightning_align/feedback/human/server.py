@@ -70,9 +70,12 @@ class Page:
         self.store.judge(key, item, annotator, str(aspect), verdict, seconds=_seconds(said), shown=shown)
         return self.task(annotator)
 
-    def undo(self, annotator: str) -> dict[str, Any]:
-        """Take back the last judgement and show it again, as it was, in ``before``; None if there is none."""
-        undone = self.store.undo(annotator)
+    def undo(self, annotator: str, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Take back the judgement that is ``last`` and show it again, as it was, in ``before``."""
+        last = said.get("last")
+        if type(last) is not int or not 0 < last < 2**63:
+            raise ValueError("there is nothing to undo")
+        undone = self.store.undo(annotator, last=last)
         if undone is None:
             raise ValueError("there is nothing to undo")
         verdict, place = undone.verdict, {number: index for index, number in enumerate(undone.shown)}
@@ -127,17 +130,20 @@ def build_app(store: Store, tokens: Mapping[str, str], hosts: Sequence[str], gui
     def beginning(request: Request) -> Response:
         return _answered(lambda: {**page.task(request.scope["annotator"]), "guidelines": page.guidelines})
 
-    async def judge(request: Request) -> Response:
+    async def said(request: Request, method: Any) -> Response:
         try:
-            said = await request.json()
+            body = await request.json()
         except (ValueError, RecursionError):
             return JSONResponse({"error": "this is no JSON"}, 400)
-        if not isinstance(said, dict):
-            return JSONResponse({"error": "a judgement is a mapping"}, 422)
-        return await run_in_threadpool(_answered, page.judge, request.scope["annotator"], said)
+        if not isinstance(body, dict):
+            return JSONResponse({"error": "send a mapping"}, 422)
+        return await run_in_threadpool(_answered, method, request.scope["annotator"], body)
 
-    def undo(request: Request) -> Response:
-        return _answered(page.undo, request.scope["annotator"])
+    async def judge(request: Request) -> Response:
+        return await said(request, page.judge)
+
+    async def undo(request: Request) -> Response:
+        return await said(request, page.undo)
 
     routes = [
         Route("/", index),

@@ -181,18 +181,29 @@ class Store:
             self._settle_assignment(item.id, annotator, now)
         return True
 
-    def undo(self, annotator: str, *, now: float | None = None) -> Judgement | None:
-        """Take back the annotator's last judgement that stands, which becomes the next task again; None without one."""
+    def undo(self, annotator: str, *, last: int | None = None, now: float | None = None) -> Judgement | None:
+        """Take back the annotator's last judgement that stands, which becomes the next task again; None without one.
+
+        Args:
+            annotator: Name.
+            last: ``last`` of :meth:`progress`; who is not sure that it arrived sends it again, and it counts once.
+            now: Time to note (default: now).
+
+        Raises:
+            Conflict: Another judgement is the last one by now.
+        """
         now = time.time() if now is None else now
         with self._database.writing():
-            last = self._database.row(
+            found = self._database.row(
                 f"{_JUDGEMENT} WHERE annotator = ? AND undone IS NULL ORDER BY id DESC LIMIT 1", (annotator,)
             )
-            if last is None:
+            if last is not None and (found is None or found[0] != last):
+                raise Conflict("this is undone already")
+            if found is None:
                 return None
-            self._database.write("UPDATE judgements SET undone = ? WHERE id = ?", (now, last[0]))
-            self._settle_assignment(last[1], annotator, now)
-        return _judgement(last, {last[1]: self.item(last[1])})
+            self._database.write("UPDATE judgements SET undone = ? WHERE id = ?", (now, found[0]))
+            self._settle_assignment(found[1], annotator, now)
+        return _judgement(found, {found[1]: self.item(found[1])})
 
     def judgements(self) -> list[Judgement]:
         """All that stand, in the order in which they were made."""
@@ -205,7 +216,8 @@ class Store:
 
         Returns:
             ``items``; ``wanted`` judgements of them and how many are ``done``; ``judged`` and ``skipped`` items of this
-            annotator; ``pace``, the median seconds of this one's last 20 judgements (None before the first).
+            annotator; ``pace``, the median seconds of this one's last 20 judgements, and ``last``, the number of the
+            last one (None before the first).
         """
         items, wanted = self._database.row("SELECT count(*), coalesce(sum(wanted), 0) FROM prompts")
         (done,) = self._database.row("SELECT count(*) FROM assignments WHERE state = 'done'")
@@ -223,7 +235,10 @@ class Store:
             )
         ]
         pace = sorted(paces)[len(paces) // 2] if paces else None
-        own = {"judged": mine.get("done", 0), "skipped": mine.get("skipped", 0)}
+        (last,) = self._database.row(
+            "SELECT max(id) FROM judgements WHERE annotator = ? AND undone IS NULL", (annotator,)
+        )
+        own = {"last": last, "judged": mine.get("done", 0), "skipped": mine.get("skipped", 0)}
         return {"items": items, "wanted": wanted, "done": done, **own, "pace": pace}
 
 

@@ -81,6 +81,7 @@ def test_markdown_is_read_and_its_code_coloured() -> None:
         assert part in html
     assert "one<br" in html
     assert "<span" not in to_html("```nosuchlanguage\nfor\n```")
+    assert r"\(x^2\) \{a\} a\\b" in to_html(r"so \(x^2\) \{a\} a\\b")  # formulas stand as they were written
     assert '<td class="right">1</td>' in to_html("| a |\n|--:|\n| 1 |")
     assert ".k " in code_css()
     assert "prefers-color-scheme: dark" in code_css()

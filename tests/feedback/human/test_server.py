@@ -44,6 +44,9 @@ class Asked:
         body = {"key": f"judgement {self.number}", "item": task["item"], "aspect": task["aspect"], "seconds": 1.5}
         return self.client.post("/api/judge", headers=self.headers, json={**body, **said})
 
+    def undo(self) -> Any:
+        return self.client.post("/api/undo", headers=self.headers, json={"last": self.task()["progress"]["last"]})
+
     def until(self, size: int) -> dict[str, Any]:
         """The next task of so many answers; others are ranked as shown."""
         while True:
@@ -83,16 +86,16 @@ def test_the_page_is_not_told_who_wrote_what_or_in_which_order(asked: Asked) -> 
 def test_undo_shows_what_was_said_in_the_same_order(asked: Asked) -> None:
     task = asked.until(3)
     asked.judge(task, ranks=[2, 1, 2], unsafe=[1, 2])
-    undone = asked.client.post("/api/undo", headers=asked.headers, json={}).json()
+    undone = asked.undo().json()
     assert undone["task"] == task
     assert undone["before"] == {"ranks": [2, 1, 2], "unsafe": [1, 2], "strength": None}
     asked.judge(task, skipped="no idea")
-    undone = asked.client.post("/api/undo", headers=asked.headers, json={}).json()
+    undone = asked.undo().json()
     assert undone["before"] == {"ranks": [], "unsafe": [], "strength": None}
 
 
 def test_nothing_to_undo(asked: Asked) -> None:
-    answer = asked.client.post("/api/undo", headers=asked.headers, json={})
+    answer = asked.undo()
     assert (answer.status_code, answer.json()) == (422, {"error": "there is nothing to undo"})
 
 
@@ -304,3 +307,13 @@ def test_a_port_that_is_taken() -> None:
     taken = r"cannot listen on 127\.0\.0\.1 port \d+: .*another --port"
     with listen(HOST, 0) as where, pytest.raises(UserError, match=taken):
         listen(HOST, where.getsockname()[1])
+
+
+def test_an_undo_that_is_sent_twice_takes_one_back(asked: Asked, store: Store) -> None:
+    for _ in range(2):
+        asked.judge(asked.until(3), ranks=[1, 2, 3])
+    body = {"last": asked.task()["progress"]["last"]}
+    before = len(store.judgements())
+    answers = [asked.client.post("/api/undo", headers=asked.headers, json=body) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 409]
+    assert len(store.judgements()) == before - 1

@@ -81,12 +81,15 @@ async function send(body) {
   } catch (error) {
     if (error.status === 409) await begin();
     notice(error.message);
+    if (!isRefused(error)) return; // it may be saved yet: a reload sends it again
   } finally {
-    remember(pendingKey(), null);
     busy = false;
     paint();
   }
+  remember(pendingKey(), null);
 }
+
+const isRefused = ({ status }) => status === 409 || status === 422; // for what it says; not for who sends it or a full disk
 
 function judgement(said) {
   const { item, aspect } = state.task;
@@ -106,10 +109,11 @@ async function undo() {
   busy = true;
   paint();
   try {
-    show(await ask("/api/undo", {}));
+    show(await ask("/api/undo", { last: state.progress.last })); // that one and no other, however often it is sent
     say("Undone");
   } catch (error) {
-    notice(error.message);
+    if (error.status === 409) await begin();
+    else notice(error.message);
   } finally {
     busy = false;
     paint();
@@ -431,9 +435,14 @@ $("other-go").onclick = (event) => {
   skip($("other").value.trim());
 };
 
+for (const dialog of document.querySelectorAll("dialog")) {
+  dialog.addEventListener("close", () => document.activeElement?.blur()); // else Enter would open it again
+}
+
 const digit = (event) => Number(/^(?:Digit|Numpad)([1-9])$/.exec(event.code)?.[1] ?? 0); // the key, whatever a layout puts on it
 
 document.addEventListener("keydown", (event) => {
+  if (event.repeat && !event.key.startsWith("Arrow")) return; // a key that is held down says one thing
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches?.("input")) return;
   const n = digit(event);
   if ($("reasons").open) {
@@ -454,7 +463,8 @@ function keyOfTask(event, key, n) {
   const chip = $("tiers").contains(event.target) && event.target.dataset.answer;
   if (chip && key === "ArrowLeft") return () => move(Number(chip), -1);
   if (chip && key === "ArrowRight") return () => move(Number(chip), 1);
-  if (key === "Enter" && !event.target.closest?.("header, #strengths, .flag, #tie, #clear, a")) return submit;
+  const elsewhere = isReady() ? "header, #strengths, .flag, #tie, #clear, a" : "button, a";
+  if (key === "Enter" && !event.target.closest?.(elsewhere)) return submit;
   return { x: openReasons, "=": tie, Backspace: () => { const last = ranked().at(-1); if (last !== undefined) isPair() ? clear() : toggle(last); } }[key] ?? null;
 }
 
@@ -469,8 +479,12 @@ const start = async () => {
   const pending = recall(pendingKey());
   let refused = "";
   if (pending) {
-    await ask("/api/judge", pending).catch((error) => { refused = error.status === 409 ? "" : error.message; });
-    remember(pendingKey(), null);
+    let keep = false;
+    await ask("/api/judge", pending).catch((error) => {
+      refused = error.status === 409 ? "" : error.message;
+      keep = !isRefused(error);
+    });
+    if (!keep) remember(pendingKey(), null);
     if (!refused) remember(`draft ${token} ${pending.item} ${pending.aspect}`, null);
   }
   await begin().catch((error) => { refused = error.message; });
