@@ -5,11 +5,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from lightning_align.errors import UserError
+from lightning_align.errors import UserError, nearest
 from lightning_align.lab.claims_file import Arm, Claim
 from lightning_align.lab.claims_measures import GAIN, measure, shared_error_of_gains
 from lightning_align.lab.evaluation.intervals import Estimate, student, widened
@@ -18,6 +18,7 @@ from lightning_align.lab.grid import Cell
 Verdict = Literal["supported", "contradicted", "undecided"]
 SCALING_FILE = "scaling.json"
 FEWEST_SEEDS = 3  # no verdict from fewer
+NOT_MEASURED = "not measured"  # in the place of a verdict, where no pair of runs has a number
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Result:
     reason: str
     runs: Sequence[Path]
 
+    @property
+    def outcome(self) -> str:
+        """The verdict, or :data:`NOT_MEASURED` where there was nothing to decide by."""
+        return self.verdict if math.isfinite(self.effect.value) else NOT_MEASURED
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         claim = self.claim
@@ -56,7 +62,7 @@ class Result:
             "a": dict(self.a),
             "b": dict(self.b),
             "effect": self.effect.as_dict(),
-            "verdict": self.verdict,
+            "verdict": self.outcome,
             "reason": self.reason,
             "runs": [str(run) for run in self.runs],
         }
@@ -71,8 +77,10 @@ def assess(claim: Claim, cells: Sequence[Cell]) -> Result:
     """
     arms = [_arm(claim.a, cells), _arm(claim.b, cells) if claim.b is not None else None]
     for arm, found in zip((claim.a, claim.b), arms, strict=True):
-        if found is not None and not found:
-            return _result(claim, {}, {}, [], f"no finished run of {arm}")
+        if arm is not None and not found:
+            stages = dict.fromkeys(cell.stage for cell in cells)
+            near = "" if arm.stage in stages else nearest(arm.stage, stages)
+            return _result(claim, {}, {}, [], f"no finished run of {arm}{near}")
     first, second = arms[0] or {}, arms[1]
     keys = [key for key in first if second is None or key in second]
     a = {key: measure(first[key].run, claim.measure) for key in keys}
@@ -119,7 +127,7 @@ def judge(effect: Estimate, expect: str, margin: float) -> tuple[Verdict, str]:
         margin: Of ``equal``.
     """
     if effect.n < FEWEST_SEEDS:
-        return "undecided", f"{effect.n} pairs of runs; no verdict from fewer than {FEWEST_SEEDS}"
+        return "undecided", f"{effect.n} pair{'s' * (effect.n != 1)} of runs; no verdict from fewer than {FEWEST_SEEDS}"
     low, high = effect.low, effect.high
     if expect == "equal":
         if -margin < low and high < margin:
@@ -137,8 +145,13 @@ def judge(effect: Estimate, expect: str, margin: float) -> tuple[Verdict, str]:
 
 
 def assess_all(claims: Sequence[Claim], cells: Sequence[Cell], folders: Sequence[Path]) -> list[Result]:
-    """Judge all of them; the laws' verdicts come from the ``scaling.json`` of those folders that have one."""
-    laws = {law: row for folder in folders for law, row in read_scaling(folder).items()}
+    """Judge all of them; the laws' verdicts come from the ``scaling.json`` of those folders that have one.
+
+    Of several the last that measured a law counts.
+    """
+    laws: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        laws |= {law: row for law, row in read_scaling(folder).items() if law not in laws or row.get("n")}
     return [from_scaling(claim, laws) if claim.scaling else assess(claim, cells) for claim in claims]
 
 
@@ -172,5 +185,13 @@ def from_scaling(claim: Claim, rows: Mapping[str, Mapping[str, Any]]) -> Result:
 
 def headline(results: Sequence[Result]) -> str:
     """How many of the claims hold here."""
-    counts = {name: sum(r.verdict == name for r in results) for name in ("supported", "contradicted", "undecided")}
-    return f"{len(results)} claims: " + ", ".join(f"{number} {name}" for name, number in counts.items())
+    told = ", ".join(f"{number} {name}" for name, number in counts(results).items() if name != NOT_MEASURED)
+    without = counts(results)[NOT_MEASURED]
+    return f"{len(results)} claim{'s' * (len(results) != 1)}: {told}" + (
+        f"; {without} {NOT_MEASURED}" if without else ""
+    )
+
+
+def counts(results: Sequence[Result]) -> dict[str, int]:
+    """How many have each outcome."""
+    return {name: sum(r.outcome == name for r in results) for name in (*get_args(Verdict), NOT_MEASURED)}

@@ -8,7 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_align.lab.claims import Result, headline
+from lightning_align.lab.claims import NOT_MEASURED, Result, headline
 from lightning_align.lab.figures import COLOURS, SOURCE_COLUMNS, TITLE_COLUMNS, WIDE, style
 from lightning_align.lab.findings import number
 
@@ -59,16 +59,21 @@ def _bar(ax: Axes, result: Result) -> None:
     if math.isfinite(effect.value):
         ax.plot(effect.value, HEIGHT, mark, color=colour, markersize=6.5, markeredgecolor=COLOURS["paper"])
     ax.text(
-        0, 0.98, f"{result.verdict}: {told(result)}", transform=ax.transAxes, va="top", ha="left", size=WIDE.font * 0.8,
+        0, 0.98, told(result), transform=ax.transAxes, va="top", ha="left", size=WIDE.font * 0.8,
         color=colour,
     )  # fmt: skip
 
 
 def told(result: Result) -> str:
+    """The outcome with the effect, in words."""
+    return result.outcome if result.outcome == NOT_MEASURED else f"{result.verdict} ({effect_of(result)})"
+
+
+def effect_of(result: Result) -> str:
     """The effect in words."""
     effect = result.effect
     if not math.isfinite(effect.value):
-        return "not measured"
+        return "–"
     digits = 0 if abs(effect.value) >= 100 else 2 if abs(effect.value) >= 0.1 else 3
     ends = "" if math.isnan(effect.low) else f" ({number(effect.low, digits)} to {number(effect.high, digits)})"
     return f"{number(effect.value, digits)}{ends}, n = {effect.n}"

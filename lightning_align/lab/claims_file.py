@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_align.errors import UserError
 from lightning_align.feedback.fields import fault, mapping, read_file
 from lightning_align.lab.claims_measures import Measure, read_measure
 
@@ -59,8 +60,10 @@ def read_claims(path: Path) -> list[Claim]:
         UserError: There is no such file, or a field is unknown, missing or not what it should be.
     """
     source = str(path)
-    content = mapping(source, "", read_file("claims", source), ("claims",))
-    rows = content.get("claims")
+    content = read_file("claims", source)
+    if content is None:
+        raise UserError(f"claims {source} is empty: give a list under claims: (docs/claims.md)")
+    rows = mapping(source, "", content, ("claims",)).get("claims")
     if not isinstance(rows, list) or not rows:
         raise fault(source, "claims", "is empty: give a list of claims")
     claims = [_read(source, f"claims[{index}]", row) for index, row in enumerate(rows)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from lightning_align.lab.claims import Result
-from lightning_align.lab.claims_figure import NOTE, told
+from lightning_align.lab.claims_figure import NOTE, effect_of
 from lightning_align.lab.page import table
 
 WIDTH, HEIGHT = 150, 22
@@ -17,8 +17,8 @@ def sections(results: Sequence[Result]) -> list[str]:
         [
             f'<div class="claim">{escape(result.claim.hypothesis)}<br>'
             f"<small>{escape(result.claim.source)}</small></div>",
-            f'<span class="verdict {result.verdict}">{result.verdict}</span>',
-            bar(result) + f"<br><small>{escape(told(result))}</small>",
+            f'<span class="verdict {result.verdict}">{result.outcome}</span>',
+            bar(result) + f"<br><small>{escape(effect_of(result))}</small>",
             f'<div class="claim"><small>{escape(_test(result))}</small></div>',
         ]
         for result in results
@@ -44,7 +44,7 @@ def bar(result: Result) -> str:
         return WIDTH / 2 * (1 + value / (1.15 * reach)) if reach else WIDTH / 2
 
     parts = [
-        f'<svg class="bar {result.verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told(result)}">'
+        f'<svg class="bar {result.verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{effect_of(result)}">'
     ]
     if margin:
         parts.append(f'<rect x="{x(-margin):.1f}" width="{x(margin) - x(-margin):.1f}" y="0" height="{HEIGHT}"/>')

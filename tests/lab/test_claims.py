@@ -13,7 +13,7 @@ import pytest
 
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
-from lightning_align.lab.claims import Result, assess, from_scaling, judge, read_scaling
+from lightning_align.lab.claims import Result, assess, assess_all, from_scaling, judge, read_scaling
 from lightning_align.lab.claims_file import Arm, Claim, read_claims
 from lightning_align.lab.claims_measures import Measure, measure
 from lightning_align.lab.claims_page import WIDTH, bar
@@ -244,14 +244,46 @@ def test_the_command_writes_what_it_says(make: Make, tmp_path: Path, capsys: pyt
     words = ["lab", "claims", str(tmp_path), "--claims", str(tmp_path / "c.yaml")]
     assert command(words) == 0
     told = capsys.readouterr().out
-    assert told.startswith("3 claims: 2 supported, 0 contradicted, 1 undecided\n")
-    rows = json.loads((tmp_path / "claims.json").read_text())["claims"]
-    assert [row["verdict"] for row in rows] == ["supported", "undecided", "supported"]
+    assert told.startswith("3 claims: 2 supported, 0 contradicted, 0 undecided; 1 not measured\n")
+    content = json.loads((tmp_path / "claims.json").read_text())
+    assert content["counts"] == {"supported": 2, "contradicted": 0, "undecided": 0, "not measured": 1}
+    rows = content["claims"]
+    assert [row["verdict"] for row in rows] == ["supported", "not measured", "supported"]
+    assert "equal: not measured; 0 pairs of runs" in told
     assert rows[2]["effect"]["ci"] == [0.2, 0.8]
     assert (tmp_path / "claims.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "claims.json").read_bytes(), (tmp_path / "claims.png").read_bytes()
     assert command(words) == 0
     assert before == ((tmp_path / "claims.json").read_bytes(), (tmp_path / "claims.png").read_bytes())
+
+
+def test_a_stage_that_is_near_is_named(make: Make, tmp_path: Path) -> None:
+    make("dpo", {"seed": "0"}, [0, 1, 0, 0])
+    for stage, told in (("dpp", "no finished run of dpp; did you mean 'dpo'?"), ("hir", "no finished run of hir")):
+        result = assess(Claim("c", "h", "s", BEST, Arm(stage)), load_grid(tmp_path))
+        assert (result.outcome, result.reason) == ("not measured", told)
+    other = assess(Claim("c", "h", "s", BEST, Arm("dpo", {"size": "3"})), load_grid(tmp_path))
+    assert other.reason == "no finished run of dpo size=3"  # the stage is there
+
+
+def test_an_empty_file_of_claims_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("# none yet\n")
+    with pytest.raises(UserError, match=r"c.yaml is empty: give a list under claims: \(docs/claims.md\)"):
+        read_claims(tmp_path / "c.yaml")
+
+
+def test_a_folder_that_measured_a_law_counts_before_one_that_did_not(tmp_path: Path) -> None:
+    law = {"claim": "S1", "estimate": 0.5, "ci": [0.2, 0.8], "n": 9, "verdict": "supported", "reason": "it rises"}
+    none = law | {"estimate": None, "ci": [None, None], "n": 0, "verdict": "undecided", "reason": "needs several sizes"}
+    for name, row in (("sweep", law), ("old", none)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scaling.json").write_text(json.dumps({"claims": [row]}))
+    asked = Claim("law", "h", "s", Measure("metric"), Arm("lab scaling S1"), scaling="S1")
+    for order in (("sweep", "old"), ("old", "sweep")):
+        (result,) = assess_all([asked], [], [tmp_path / name for name in order])
+        assert result.outcome == "supported"
+    (result,) = assess_all([asked], [], [tmp_path / "old"])
+    assert (result.outcome, result.reason) == ("not measured", "needs several sizes")
 
 
 def test_a_claim_of_the_laws_without_them_is_undecided() -> None:
