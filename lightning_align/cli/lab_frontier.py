@@ -28,13 +28,9 @@ def main(argv: Sequence[str]) -> int:
     from lightning_align.lab.frontier_figures import draw_frontier
     from lightning_align.lab.frontier_page import render
     from lightning_align.lab.frontier_words import headline, lines, to_csv
-    from lightning_align.lab.grid import expand
-    from lightning_align.lab.runs import find_checkpoints
     from lightning_align.lab.summary import to_json
 
-    places, options.run = options.run, expand(options.run, lambda run: bool(find_checkpoints(run)))
-    if not options.run:
-        raise UserError(f"no run in {', '.join(map(str, places))} kept checkpoints for the lab (run.keep_every)")
+    options.run, left_out = _runs(options)
     best_of = _measure(options)
     columns = dict(pair(word) for word in options.columns)
     tracks = load_tracks(options.run, columns=columns, source=options.source, best_of=best_of)
@@ -46,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         options.out / "frontier.csv": to_csv(tracks).encode(),
     }
     write_all(outputs)
-    print("\n".join([headline(summary), *lines(summary), f"wrote {', '.join(map(str, [*outputs, *best_of]))}"]))
+    told = [*lines(summary), *(f"  left out: {reason}" for reason in left_out)]
+    print("\n".join([headline(summary), *told, f"wrote {', '.join(map(str, [*outputs, *best_of]))}"]))
     return 0
 
 
@@ -123,6 +120,37 @@ def _check(options: Namespace, parser: OptionParser) -> None:
     for name in () if options.recompute else without["recompute"]:
         if getattr(options, name) != parser.get_default(name):
             raise UserError(f"--{name} is for measuring: add --recompute, or leave it out")
+
+
+def _runs(options: Namespace) -> tuple[list[Path], list[str]]:
+    """The runs that were given, of a pipeline's folder those with a curve; and why others of a folder have none.
+
+    Raises:
+        UserError: None is left.
+    """
+    from lightning_align.lab.grid import expand
+    from lightning_align.lab.runs import find_checkpoints, load_curve
+
+    left_out: list[str] = []
+
+    def wanted(run: Path) -> bool:
+        if not find_checkpoints(run):
+            return False
+        if options.source == "auto" or options.recompute:
+            return True
+        try:
+            load_curve(run, source=options.source)
+        except UserError as error:
+            left_out.append(str(error))
+            return False
+        return True
+
+    runs = expand(options.run, wanted)
+    if not runs and left_out:
+        raise UserError(left_out[0])
+    if not runs:
+        raise UserError(f"no run in {', '.join(map(str, options.run))} kept checkpoints for the lab (run.keep_every)")
+    return runs, left_out
 
 
 def _measure(options: Namespace) -> list[Path]:

@@ -1,6 +1,7 @@
 """Methods side by side: true score over KL and over the samples that it took, of several runs of each."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_align.lab.runs import Point, load_curve, read_episodes
 
 MOST_METHODS = 10  # in one picture
 BEST_OF_N = "best-of-n"
+BEST_OF_FILE = re.compile(r"best_of(_\d+)?\.csv")  # as lab frontier --best-of names them
 SCORES = {"gold": "true score (gold)", "heldout": "held-out judge", "win_rate": "win rate", "proxy": "reward (proxy)"}
 
 
@@ -83,7 +85,12 @@ def _numbers(row: Sequence[float | None]) -> list[float]:
 
 
 def _method(run: Path) -> str:
-    """Stage and labels of a run of a sweep, without the seed's; else the name of the folder."""
+    """Stage and labels of a run of a sweep, without the seed's; else the name of the folder or the file.
+
+    Files of best-of-n, one for each start and reward, are seeds of one.
+    """
+    if BEST_OF_FILE.fullmatch(run.name) and run.is_file():
+        return BEST_OF_N
     cell = cell_of(run) if run.is_dir() else None
     return run.resolve().name if cell is None else cell.method
 
@@ -111,7 +118,7 @@ def _check_measured(tracks: Sequence[Track]) -> None:
     if measured and rest:
         raise UserError(
             f"{next(iter(measured))} was measured afterwards and {rest[0]} was not: give --recompute to measure all, "
-            "or --source eval to take the evaluations in training of all"
+            "or --source eval to take the evaluations in training (DPO has none)"
         )
     check_alike(measured)
 

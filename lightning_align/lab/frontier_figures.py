@@ -174,7 +174,8 @@ def note(tracks: Sequence[Track]) -> str:
         shared = " Over runs: the prompts and the start's answers are the same for all, and their error is not in it."
     return (
         f"Bands: 95 % interval {over or mixed}, of the score that of its gain over the start.{shared}{seeds} "
-        "Steps: Pareto front, the checkpoints that no other beats. Upright: KL that is compared at."
+        "Steps: Pareto front, the checkpoints that no other beats. "
+        "The grey upright line is the KL at which methods are compared."
     )
 
 

@@ -73,7 +73,7 @@ def _methods(summary: Mapping[str, Any]) -> str:
         ]
         for method, row in rows.items()
     ]
-    score = SCORES[summary["score"]]
+    score = SCORES[summary["score"]] + ("" if summary["score"] == "gold" else ", as no true score was found")
     caption = (
         f"Compared by {score}; gains are over the start, with their 95 % interval. The highest of many is flattered."
     )

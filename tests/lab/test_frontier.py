@@ -17,7 +17,7 @@ from lightning_align.lab.evaluation.intervals import over_runs
 from lightning_align.lab.frontier import best, common_kl, front, gain, load_tracks, summarise
 from lightning_align.lab.frontier_figures import Panel, draw_frontier, mean_curve, note, panels
 from lightning_align.lab.frontier_tracks import Track, roots, samples
-from lightning_align.lab.frontier_words import headline, to_csv
+from lightning_align.lab.frontier_words import headline, lines, to_csv
 from lightning_align.lab.pareto import pareto
 from lightning_align.lab.runs import Point
 
@@ -138,7 +138,7 @@ def test_from_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.
     assert run(["lab", "frontier", *map(str, runs), "--out", str(tmp_path / "out"), "--kl", "1"]) == 0
     said = capsys.readouterr().out
     assert "At KL 1.0 rest gains most, +0.50" in said
-    assert "ppo (1 runs): at KL 1.0 +0.300 (+0.161 to +0.439); at best +0.400 at KL 2.25 after 48 samples" in said
+    assert "ppo (1 run): at KL 1.0 +0.300 (+0.161 to +0.439); at best +0.400 at KL 2.25 after 48 samples" in said
     summary = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert summary["methods"]["rest"]["runs"] == 3
     assert (tmp_path / "out" / "frontier.png").read_bytes().startswith(b"\x89PNG")
@@ -316,7 +316,9 @@ def test_one_point_alone_is_drawn_and_told(tmp_path: Path) -> None:
     assert summary["methods"]["dpo.csv"]["best"]["gold"] == 2.0
     (line,) = (line for line in drawn(tracks)[0].get_lines() if line.get_label() == "dpo.csv")
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([pytest.approx(math.sqrt(1.5))], [2.0])
-    assert headline(summarise(tracks[:1], 1.0, None)) == "No method reaches KL 1.0"
+    alone = summarise(tracks[:1], common_kl(tracks[:1]), None)
+    assert headline(alone) == "No run has a second checkpoint: one point says nothing of a gain"
+    assert lines(alone) == ["  dpo.csv (1 run): one point, true score 2.000 at KL 1.50"]
     assert drawn(tracks[:1])
 
 
@@ -351,6 +353,56 @@ def test_without_gold_the_next_score_counts(tmp_path: Path) -> None:
     assert summary["score"] == "win_rate"
     assert summary["methods"]["log.csv"]["at_kl"]["value"] == pytest.approx(0.1)
     assert [panel.over for panel in panels(tracks)] == ["kl", "proxy"]
+
+
+@pytest.mark.parametrize("gold", ["", ",gold"])
+def test_a_reward_is_not_told_as_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str], gold: str) -> None:
+    cell = ",nan" * bool(gold)
+    for name, top in (("nogold", 1.3), ("other", 0.9)):
+        (tmp_path / f"{name}.csv").write_text(f"step,kl,proxy{gold}\n0,0,0{cell}\n1,8,{top}{cell}\n")
+    words = ["--out", str(tmp_path / "out")]
+    assert run(["lab", "frontier", str(tmp_path / "nogold.csv"), *words]) == 0
+    said = capsys.readouterr().out
+    title = "At KL 8.0 the reward of nogold.csv is +1.30 from its start; no true score was found"
+    assert said.startswith(f"{title}\n  nogold.csv (1 run): reward at KL 8.0 +1.300")
+    page = (tmp_path / "out" / "frontier.html").read_text()
+    assert f"<h1>{title}</h1>" in page
+    assert "Compared by reward (proxy), as no true score was found" in page
+    assert run(["lab", "frontier", *(str(tmp_path / f"{name}.csv") for name in ("nogold", "other")), *words]) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("At KL 8.0 nogold.csv gains most reward, +1.30; ")
+    assert said.endswith("; no true score was found")
+
+
+def test_files_of_best_of_n_given_by_hand_are_one_method(tmp_path: Path) -> None:
+    text = "step,kl,proxy,proxy_se,gold,gold_se\n1,0,0,0,0.5,0.1\n2,0.19,1,0,0.8,0.1\n"
+    names = ["best_of.csv", "best_of_2.csv", "best_of_3.csv", "best_of_ppo.csv"]
+    for name in names:
+        (tmp_path / name).write_text(text)
+    many = [made(tmp_path / f"m{i}", [0.0, 1.0, 2.0, 3.0]) for i in range(8)]
+    tracks = load_tracks([*many, *(tmp_path / name for name in names)])
+    assert [track.method for track in tracks[8:]] == ["best-of-n"] * 3 + ["best_of_ppo.csv"]
+
+
+def test_runs_of_a_folder_without_the_source_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = {}
+    for name in ("ppo", "dpo"):
+        made(tmp_path / name, [0.0, 1.0, 2.0, 3.0])
+        (tmp_path / name / "checkpoints").mkdir()
+        (tmp_path / name / "checkpoints" / "step=00002.ckpt").write_bytes(b"x")
+        (tmp_path / name / "run.json").write_text("{}")
+        states[name] = {"finished": True}
+    (tmp_path / "pipeline.json").write_text(json.dumps(states))
+    (tmp_path / "dpo" / "metrics.csv").write_text("step,loss\n1,0\n")
+    words = ["lab", "frontier", str(tmp_path), "--out", str(tmp_path / "out"), "--source"]
+    assert run([*words, "eval"]) == 0
+    said = capsys.readouterr().out
+    assert "  ppo (1 run): at KL 4.0" in said
+    assert f"  left out: {tmp_path / 'dpo' / 'metrics.csv'} has nothing for --source eval (found: no curve)" in said
+    assert run([*words, "measured"]) == 2  # none is left
+    assert "ppo has no measured.csv" in capsys.readouterr().err
+    assert run(["lab", "frontier", str(tmp_path / "dpo"), "--source", "eval"]) == 2  # asked for by name
+    assert "has nothing for --source eval" in capsys.readouterr().err
 
 
 def test_best_of_n_is_a_track_of_its_own(tmp_path: Path, runs: list[Path]) -> None:
