@@ -37,6 +37,7 @@ COLUMNS: Mapping[str, tuple[str, bool | None]] = {
     "memory": ("peak MiB", False),
 }
 START = "start"
+BEST_OF_N_NOTE = "Best-of-n is no policy but a choice among answers of the start: it stands in the frontier alone."
 
 
 @dataclass(frozen=True)
@@ -213,19 +214,29 @@ def _over(own: Sequence[Entry], name: str) -> Estimate:
     return over_runs([e.value for e in estimates], [e.se for e in estimates], np.stack(rows) if alike else None)
 
 
+def moved(row: Mapping[str, Estimate]) -> bool:
+    """Whether a method is compared at a checkpoint beyond its start."""
+    return row["kl"].value >= START_KL
+
+
 def headline(rows: Mapping[str, Mapping[str, Estimate]], kl: float) -> str:
-    """Which method leads, and whether its interval is clear of the next one's."""
-    judged = [(name, row["gold"]) for name, row in rows.items() if name != START and "gold" in row]
+    """Which method leads of those that moved, and whether its interval is clear of the next one's."""
+    methods = {name: row for name, row in rows.items() if name != START}
     where = "" if math.isinf(kl) else f" within KL {kl:g}"
+    if not any("gold" in row for row in methods.values()):
+        return f"{len(methods)} method{'s' * (len(methods) != 1)}{where}, without a true score"
+    judged = [(name, row["gold"]) for name, row in methods.items() if "gold" in row and moved(row)]
     if not judged:
-        return f"{len([name for name in rows if name != START])} methods{where}, without a true score"
+        return f"No method leads: none has a checkpoint beyond its start{where or ' within the budget'}"
+    still = [name for name, row in methods.items() if not moved(row)]
+    apart = f"; at the start still: {', '.join(still)}" if still else ""
     first, gold = judged[0]
     if len(judged) == 1:
-        return f"{first} reaches a true score of {gold.value:.2f}{where}"
+        return f"{first} reaches a true score of {gold.value:.2f}{where}{apart}"
     second, other = judged[1]
     clear = gold.low > other.high
     how = "clear of" if clear else "not clear of"
-    return f"{first} leads{where} with {gold.value:.2f}, {how} {second} ({other.value:.2f})"
+    return f"{first} leads{where} with {gold.value:.2f}, {how} {second} ({other.value:.2f}){apart}"
 
 
 def to_csv(entries: Sequence[Entry]) -> str:

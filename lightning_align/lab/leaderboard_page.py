@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lightning_align.lab.evaluation.intervals import Estimate
 from lightning_align.lab.figures import COLOURS, TITLE_COLUMNS, WIDE, bare, style
 from lightning_align.lab.findings import number
-from lightning_align.lab.leaderboard import COLUMNS, START, Entry
+from lightning_align.lab.leaderboard import COLUMNS, START, Entry, moved
 from lightning_align.lab.overopt_page import as_text
 from lightning_align.lab.page import page, table
 
@@ -45,7 +45,7 @@ def _table(rows: Mapping[str, Mapping[str, Estimate]]) -> str:
 
 def _best(rows: Mapping[str, Mapping[str, Estimate]], name: str) -> str | None:
     better = COLUMNS[name][1]
-    known = {method: row[name].value for method, row in rows.items() if name in row and method != START}
+    known = {method: row[name].value for method, row in rows.items() if name in row and method != START and moved(row)}
     if better is None or len(known) < 2:
         return None
     return (max if better else min)(known, key=lambda method: known[method])

@@ -14,7 +14,8 @@ import pytest
 from lightning_align.cli.main import run as command
 from lightning_align.errors import UserError
 from lightning_align.lab.evaluation.intervals import student
-from lightning_align.lab.leaderboard import START, Entry, board, find_runs, headline, load_entries
+from lightning_align.lab.leaderboard import BEST_OF_N_NOTE, START, Entry, board, find_runs, headline, load_entries
+from lightning_align.lab.leaderboard_page import sections
 from lightning_align.lab.measured import append_row
 
 ATTACK = "<script>alert('x')</script>"
@@ -157,6 +158,19 @@ def test_a_lead_is_clear_of_the_next_interval_not_of_its_middle(make: Make) -> N
     assert "near leads with 0.90, not clear of wide (0.70)" in headline(board(load([near, wide])), math.inf)
 
 
+def test_nobody_leads_where_all_are_at_their_start(make: Make) -> None:
+    runs = [make("ppo", [0.5, 0.9, 0.1]), make("dpo", [0.5, 0.6, 0.7])]
+    rows = board(load(runs, kl=0.5))
+    assert headline(rows, 0.5) == "No method leads: none has a checkpoint beyond its start within KL 0.5"
+    assert headline(board(load(runs, samples=50)), math.inf).endswith("beyond its start within the budget")
+    entries = load([*runs, make("slow", [0.5, 0.6, 0.1], kls=(0.0, 3.0, 4.0))], kl=1.0)
+    assert (
+        headline(board(entries), 1.0)
+        == "ppo leads within KL 1 with 0.90, clear of dpo (0.60); at the start still: slow"
+    )
+    assert "<strong>" not in sections(rows, load(runs, kl=0.5), "")[1]  # nor is any of them best
+
+
 def test_two_seeds_have_the_interval_of_their_prompts_as_in_the_frontier(make: Make, tmp_path: Path) -> None:
     spread = np.linspace(-0.4, 0.4, 8).tolist()
     runs = [make(f"s{seed}/ppo", [0.2, 0.2, gold], spread=spread) for seed, gold in enumerate((0.7, 0.9))]
@@ -171,7 +185,10 @@ def test_the_command_writes_all_of_it(make: Make, tmp_path: Path, capsys: pytest
     runs = [str(make("ppo", [0.5, 0.9, 0.1])), str(make("dpo", [0.5, 0.6, 0.7]))]
     out = tmp_path / "out"
     assert command(["lab", "leaderboard", *runs, "--kl", "2", "--out", str(out)]) == 0
-    assert capsys.readouterr().out.startswith("ppo leads within KL 2 with 0.90, clear of dpo (0.60)\n")
+    said = capsys.readouterr().out
+    assert said.startswith("ppo leads within KL 2 with 0.90, clear of dpo (0.60)\n")
+    assert "  ppo: true score 0.90, KL 1.00, 100 samples\n" in said
+    assert f"  {BEST_OF_N_NOTE}\n" in said
     content = json.loads((out / "leaderboard.json").read_text())
     assert list(content["methods"]) == ["ppo", "dpo", "start"]
     assert content["methods"]["ppo"]["gold"] == {"value": 0.9, "ci": [0.8, 1.0], "n": 8, "se": 0.05}
@@ -181,6 +198,7 @@ def test_the_command_writes_all_of_it(make: Make, tmp_path: Path, capsys: pytest
         ]  # fmt: skip
     page = (out / "leaderboard.html").read_text()
     assert ATTACK not in page
+    assert BEST_OF_N_NOTE in page
     assert page.count("<script>") == 1
     assert "http" not in page.replace("http-equiv", "")
     assert all(f"{name} at 1&lt;script&gt;" in page for name in ("ppo", "dpo"))
