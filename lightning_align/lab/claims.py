@@ -151,7 +151,7 @@ def assess_all(claims: Sequence[Claim], cells: Sequence[Cell], folders: Sequence
     """
     laws: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        laws |= {law: row for law, row in read_scaling(folder).items() if law not in laws or row.get("n")}
+        laws |= {law: row for law, row in _laws(folder).items() if law not in laws or row.get("n")}
     return [from_scaling(claim, laws) if claim.scaling else assess(claim, cells) for claim in claims]
 
 
@@ -159,8 +159,18 @@ def read_scaling(folder: Path) -> dict[str, dict[str, Any]]:
     """What ``lab scaling`` wrote of each claim; nothing without its file.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or has no number for any claim.
     """
+    laws = _laws(folder)
+    if laws and not any(row.get("n") for row in laws.values()):
+        raise UserError(
+            f"{folder / SCALING_FILE} has a number for none of the claims: run lab scaling on the folder of a sweep "
+            "with several sizes (docs/scaling.md)"
+        )
+    return laws
+
+
+def _laws(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / SCALING_FILE
     if not path.is_file():
         return {}

@@ -45,6 +45,10 @@ def read_sweep(place: Path) -> tuple[list[Measured], list[str]]:
 def _read_folder(folder: Path) -> tuple[list[Measured], list[str]]:
     runs, left_out = [], []
     cells = load_grid(folder)
+    if not any(cell.axes for cell in cells):
+        raise UserError(
+            f"{folder} is of a pipeline without axes: laws of scaling take sizes and seeds on axes (docs/scaling.md)"
+        )
     for cell in cells:
         parents = _parents(cell, folder)
         if "reward" not in parents:

@@ -282,6 +282,8 @@ def test_a_folder_that_measured_a_law_counts_before_one_that_did_not(tmp_path: P
     for order in (("sweep", "old"), ("old", "sweep")):
         (result,) = assess_all([asked], [], [tmp_path / name for name in order])
         assert result.outcome == "supported"
+    with pytest.raises(UserError, match=r"old/scaling.json has a number for none of the claims: run lab scaling on"):
+        read_scaling(tmp_path / "old")
     (result,) = assess_all([asked], [], [tmp_path / "old"])
     assert (result.outcome, result.reason) == ("not measured", "needs several sizes")
 

@@ -470,6 +470,14 @@ def test_a_sweep_without_reward_models_says_what_it_lacks(sweep: Path) -> None:
         read_sweep(sweep)
 
 
+def test_a_pipeline_without_axes_is_refused(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = json.loads((sweep / "pipeline.json").read_text())
+    (sweep / "pipeline.json").write_text(json.dumps({name: state | {"axes": {}} for name, state in states.items()}))
+    assert command(["lab", "scaling", str(sweep)]) == 2
+    assert f"{sweep} is of a pipeline without axes: laws of scaling take sizes and" in capsys.readouterr().err
+    assert not (sweep / "scaling.json").exists()
+
+
 def test_comparisons_and_label_entropy_are_those_of_the_reward_models_data(sweep: Path) -> None:
     reward = sweep / "reward" / "seed=0,size=4"
     data = {"kind": "ranked", "kept": 100, "notes": {"pairs": 570}}  # of 95 rankings, five being held out
