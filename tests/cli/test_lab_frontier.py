@@ -20,6 +20,16 @@ from lightning_align.lab.runs import find_checkpoints, load_curve
 from lightning_align.run.lock import take_lock
 
 PROMPTS = ("--data=prompt.jsonl", "--limit=6", "--num_samples=2", "--max_new_tokens=6", "--gold=playground", "--seed=3")
+# does not return once a checkpoint of a run is measured, while there is a file "hold"
+HELD = """
+import pathlib, time
+
+def words(completions):
+    if pathlib.Path("hold").exists() and pathlib.Path("runs/killed/measured.jsonl").exists():
+        pathlib.Path("holding").touch()
+        time.sleep(600)
+    return [float(len(text.split())) for text in completions]
+"""
 WORDS = "def words(completions):\n    return [float(len(text.split())) for text in completions]\n"
 
 
@@ -99,22 +109,25 @@ def test_killed_and_taken_up_again_it_leaves_the_same_files(desk: Any, measured:
     whole, killed = desk.root / "runs" / "whole", desk.root / "runs" / "killed"
     for run in (whole, killed):
         shutil.copytree(desk.root / "runs" / "seen" / "dpo", run, ignore=shutil.ignore_patterns("measured.*"))
-    words = ["--recompute", *PROMPTS, "--reward=words.py:words", "--out=killed_out"]
+    desk.write("held.py", HELD)
+    words = ["--recompute", *PROMPTS, "--reward=held.py:words", "--out=killed_out"]
     desk.done("lab", "frontier", "runs/whole", *words)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_align", "lab", "frontier", "runs/killed", *words]
-    log = desk.root / "killed.log"
+    log, hold = desk.root / "killed.log", desk.root / "hold"
+    hold.touch()
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=desk.root, env=environment, stderr=file)
     end = time.monotonic() + 200
-    while not (killed / "measured.jsonl").exists():
+    while not (desk.root / "holding").exists():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    hold.unlink()
     done = len(read_measured(killed))
-    assert 0 < done < 4
+    assert done == 1
     with (killed / "measured.jsonl").open("ab") as file:
         file.write(b'{"step": 3, "metr')  # a row that was cut off
     answer = desk.done("lab", "frontier", "runs/killed", *words)
